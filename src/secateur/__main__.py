@@ -1,0 +1,3 @@
+from secateur.cli.app import main
+
+main()

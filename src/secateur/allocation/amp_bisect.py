@@ -1,0 +1,169 @@
+"""`amp-bisect`: AMP's own search, last block to first, with an entropy tolerance.
+
+Source: Adaptive MLP Pruning (arXiv 2603.08100). For each group from the last block to the first, bisection (6 steps) on
+the kept count; a count is accepted if E(pruned so far, with this count) - E(pruned so far) <= tolerance, E being the
+mean entropy of the in-batch softmax over CLS similarities. The test is signed, as published: a fall of the entropy is
+always accepted.
+
+The inputs of every block in the dense network are computed once and kept on disk, so that no block below the one
+searched is ever run again; groups already settled are sliced, not masked. Both leave every decision as it is.
+
+Options: tolerance (5e-3), steps (6). With a budget of parameters or multiply-accumulates the tolerance itself is
+bisected (`rounds`, 5) until the plan just meets it, on the same cached inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocation.base import Problem, allocator, best_units, evened
+from secateur.anatomy.types import PrunableGroup
+from secateur.anatomy.verify import cut_module_, mask_
+from secateur.calibration.losses import similarities
+from secateur.data import Batches
+from secateur.errors import BudgetError
+from secateur.models import features
+from secateur.nn.attention import explicit_attention
+from secateur.progress import track
+from secateur.replay import Prefix, Spool
+
+
+@allocator("amp-bisect", measures=True)
+def amp_bisect(problem: Problem) -> dict[str, int]:
+    """Counts found by AMP's search."""
+    search = Search.of(problem)
+    steps = int(problem.options.get("steps", 6))
+    if "tolerance" in problem.options or math.isinf(problem.target):
+        return evened(problem, search.run(problem, float(problem.options.get("tolerance", 5e-3)), steps))
+    return _to_budget(problem, search, steps, int(problem.options.get("rounds", 5)))
+
+
+def _to_budget(problem: Problem, search: Search, steps: int, rounds: int) -> dict[str, int]:
+    """Bisect the logarithm of the tolerance; the result is trimmed or grown to the budget in AMP's own order."""
+    low, high = math.log(1e-5), math.log(1.0)
+    best: dict[str, int] | None = None
+    for _ in track(range(rounds), "Searching the tolerance"):
+        middle = (low + high) / 2
+        counts = evened(problem, search.run(problem, math.exp(middle), steps))
+        if problem.cost(counts) <= problem.target:
+            high, best = middle, counts
+        else:
+            low = middle
+    if best is None:
+        raise BudgetError("amp-bisect found no tolerance below 1 that meets the budget; use 'global' or 'curve'")
+    return best
+
+
+@dataclass
+class Search:
+    """AMP's search on one model and one set of images.
+
+    Attributes:
+        model: the dense model.
+        data: the images on which the entropy is measured.
+        prefix: the dense model, to be run from the middle.
+        cached: answer blocks below from disk; False gives the naive search, for comparison.
+        block_runs: how many times a block was run, all told.
+    """
+
+    model: nn.Module
+    data: Batches
+    prefix: Prefix
+    cached: bool = True
+    block_runs: int = 0
+    _spool: Spool = field(default_factory=Spool)
+    _ready: bool = False
+
+    @classmethod
+    def of(cls, problem: Problem, cached: bool = True) -> Search:
+        if problem.model is None or problem.data is None:
+            raise BudgetError("allocator 'amp-bisect' measures the model: give allocate(..., model=, data=)")
+        prefix = Prefix(problem.model, problem.anatomy.blocks, features)
+        search = cls(problem.model, problem.data, prefix, cached)
+        with explicit_attention(problem.model):
+            prefix.check(next(iter(problem.data)))
+        return search
+
+    @torch.no_grad()
+    def run(self, problem: Problem, tolerance: float, steps: int) -> dict[str, int]:
+        """One search at one tolerance."""
+        working = copy.deepcopy(self.model)
+        kept = {g.name: g.size for g in problem.groups}
+        with explicit_attention(self.model), explicit_attention(working):
+            self._prepare()
+            entropy = self._entropy(working, 0)
+            for group in track(list(reversed(problem.groups)), "Bisecting widths"):
+                allowed = problem.allowed(group)
+                low, high = 0, len(allowed) - 1  # the smallest is never tried below, the whole is always accepted
+                accepted = entropy
+                for _ in range(steps):
+                    if low >= high:
+                        break
+                    middle = (low + high) // 2
+                    trial = self._masked_entropy(working, group, problem, allowed[middle])
+                    if trial - entropy <= tolerance:
+                        high, accepted = middle, trial
+                    else:
+                        low = middle + 1
+                kept[group.name], entropy = allowed[high], accepted
+                if allowed[high] < group.size:
+                    keep = torch.tensor(best_units(problem.scores.values[group.name], allowed[high]))
+                    cut_module_(working, group, keep)
+        return kept
+
+    def _prepare(self) -> None:
+        """Run the dense model once and keep every block's output."""
+        if self._ready or not self.cached or not self.prefix.sound:
+            return
+        device = next(self.model.parameters()).device
+        for index, batch in enumerate(track(self.data, "Caching blocks")):
+            with ExitStack() as stack:
+                for i, path in enumerate(self.prefix.blocks):
+                    hook = self.model.get_submodule(path).register_forward_hook(
+                        lambda _m, _a, out, i=i, index=index: self._spool.put((i, index), out)
+                    )
+                    stack.callback(hook.remove)
+                features(self.model, batch.to(device))
+            self.block_runs += len(self.prefix.blocks)
+        self._ready = True
+
+    def _stage(self, group: PrunableGroup) -> int:
+        """The block that holds a group; groups outside all blocks are evaluated from the start."""
+        path = group.owner + "."
+        return next((i for i, b in enumerate(self.prefix.blocks) if path.startswith(b + ".")), 0)
+
+    def _masked_entropy(self, working: nn.Module, group: PrunableGroup, problem: Problem, count: int) -> float:
+        keep = torch.tensor(best_units(problem.scores.values[group.name], count))
+        saved = {s.name: s for s in group.slots if s.role == "consumer"}
+        before = {n: working.get_parameter(n).detach().clone() for n in saved}
+        norm = None if group.norm is None else working.get_submodule(group.norm)
+        mask_(working, group, keep)
+        try:
+            return self._entropy(working, self._stage(group))
+        finally:
+            for name, value in before.items():
+                working.get_parameter(name).copy_(value)
+            if norm is not None:
+                norm.__dict__.pop("forward", None)
+
+    def _entropy(self, model: nn.Module, stage: int) -> float:
+        """Mean over images of the entropy of their in-batch similarities, blocks below `stage` being dense."""
+        stage = stage if self._ready else 0
+        prefix = Prefix(model, self.prefix.blocks, features)
+        prefix.sound, prefix._templates = self.prefix.sound, self.prefix._templates
+        device = next(model.parameters()).device
+        total, images = 0.0, 0
+        for index, batch in enumerate(self.data):
+            value = self._spool.get((stage - 1, index)) if stage else None
+            with prefix.resumed(stage, value):
+                log_p: Tensor = similarities(features(model, batch.to(device)).embedding)
+            total += float(-(log_p.exp() * log_p).sum())
+            images += batch.shape[0]
+            self.block_runs += len(self.prefix.blocks) - stage
+        return total / max(images, 1)

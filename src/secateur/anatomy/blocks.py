@@ -1,0 +1,67 @@
+"""Whole blocks: repeated modules that give back what they take in, so that any of them could be left out."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from secateur.anatomy.trace import Trace
+from secateur.anatomy.types import CostTerm, Kind, PrunableGroup
+
+REASON = "whole blocks are declared, but not cut by slicing"
+
+
+def repeated_blocks(trace: Trace, model: nn.Module) -> dict[str, list[str]]:
+    """For each container, the paths of its children of one class whose output has the very axes of their input."""
+    calls = {call.path: call for call in reversed(trace.calls)}
+    found: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            continue
+        alike: dict[type, list[str]] = {}
+        for name, child in module.named_children():
+            child_path = f"{path}.{name}" if path else name
+            call = calls.get(child_path)
+            if call is None or not call.first or not any(True for _ in child.parameters()):
+                continue
+            same = [trace.space.find(d) for d in call.first] == [trace.space.find(d) for d in call.out_axes]
+            if same and next(child.children(), None) is not None:
+                alike.setdefault(type(child), []).append(child_path)
+        best = max(alike.values(), key=len, default=[])
+        if len(best) > 1:
+            found[path] = best
+    return found
+
+
+def block_order(trace: Trace, model: nn.Module) -> tuple[str, ...]:
+    """Paths of all outermost repeated blocks, in order of execution, each called once."""
+    paths = {p for members in repeated_blocks(trace, model).values() for p in members}
+    calls = [c.path for c in trace.calls if c.path in paths]
+    outer = [p for p in calls if not any(p != q and p.startswith(q + ".") for q in paths)]
+    return tuple(p for p in outer if calls.count(p) == 1)
+
+
+def block_groups(
+    trace: Trace, model: nn.Module, params: tuple[CostTerm, ...], macs: tuple[CostTerm, ...]
+) -> dict[str, PrunableGroup]:
+    """A group of kind BLOCKS for every stack of repeated blocks."""
+    out = {}
+    for path, members in repeated_blocks(trace, model).items():
+        weight = sum(p.numel() for m in members for p in model.get_submodule(m).parameters())
+        inside = tuple(m + "." for m in members)
+        work = sum(
+            term.amount
+            for term, event in zip(macs, trace.contractions, strict=True)
+            if (event.module + ".").startswith(inside)
+        )
+        name = f"{path}:{Kind.BLOCKS}"
+        out[name] = PrunableGroup(
+            name=name,
+            kind=Kind.BLOCKS,
+            size=len(members),
+            owner=path,
+            slots=(),
+            reason=REASON,
+            unit_params=weight / len(members),
+            unit_macs=work / len(members),
+        )
+    return out

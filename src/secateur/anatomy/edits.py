@@ -1,0 +1,100 @@
+"""Which attributes of a module count the units of a group: candidates, in the order in which they are tried."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from secateur.anatomy.dims import Dim, Misaligned
+from secateur.anatomy.trace import Trace
+from secateur.anatomy.types import Kind, PrunableGroup
+from secateur.nn.slicing import AttrEdit
+
+_NEVER = re.compile(r"window|patch|grid|stride|kernel|seq|resol|size_|_size$|pad|depth|layer_idx|block|shift|block")
+_HEADS = re.compile(r"head|n_?group")
+
+
+def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: Dim) -> Iterator[tuple[AttrEdit, ...]]:
+    """Sets of edits to try, the most likely first.
+
+    An attribute is a candidate when the module's own code reshaped, split or expanded an axis of just that size of
+    which the group is a part. The caller decides by comparing sliced with masked.
+    """
+    clear: list[AttrEdit] = []
+    doubtful: list[AttrEdit] = []
+    for path, axes in trace.shapes.items():
+        if not (path == group.owner or path.startswith(group.owner + ".") or not group.owner):
+            continue
+        sizes = _sizes(trace, axes, leaf)
+        if not sizes or isinstance(model.get_submodule(path), (nn.Linear, nn.modules.conv._ConvNd)):
+            continue
+        others = {d.size for d in axes if not trace.space.contains(d, leaf)}
+        for attr, index, value in _ints(model.get_submodule(path)):
+            if value not in sizes:
+                continue
+            edit = AttrEdit(path, attr, sizes[value], index)
+            certain = (
+                _HEADS.search(attr)
+                if value == leaf.size and group.kind in (Kind.HEADS, Kind.KV_GROUPS)
+                else (value not in others)
+            )
+            (doubtful if _NEVER.search(attr) or not certain else clear).append(edit)
+    # Of several equal entries in one list of sizes, perhaps only one counts these units.
+    lists = {(e.module, e.attr) for e in clear + doubtful if e.index is not None}
+    single = [
+        [e for e in clear + doubtful if (e.module, e.attr, e.index) == (*key, i) or (e.module, e.attr) != key]
+        for key in sorted(lists)
+        for i in range(8)
+    ]
+    for extra in (clear, [*clear, *doubtful], *single, []):
+        yield (*group.edits, *dict.fromkeys(extra))
+
+
+def size_is_named(trace: Trace, model: nn.Module, leaf: Dim) -> bool:
+    """Whether any module's own code reshapes, splits or makes a constant along this dimension.
+
+    Where none does, only standard layers see its size, and those take it from their weights.
+    """
+    made = {d for d, notes in trace.space.notes().items() if any(n.kind == "made" for n in notes)}
+    if trace.space.find(leaf) in made:
+        return True
+    standard = (nn.Linear, nn.modules.conv._ConvNd)
+    return any(
+        not isinstance(model.get_submodule(path), standard) and any(trace.space.contains(d, leaf) for d in axes)
+        for path, axes in trace.shapes.items()
+    )
+
+
+def head_counts(model: nn.Module, path: str) -> dict[str, int]:
+    """Integer attributes of a module that look like numbers of heads."""
+    return {a: v for a, i, v in _ints(model.get_submodule(path)) if i is None and _HEADS.search(a)}
+
+
+def _sizes(trace: Trace, axes: list[Dim], leaf: Dim) -> dict[int, int]:
+    """Sizes of the axes that the leaf is part of, with the indices that one unit takes."""
+    sizes: dict[int, int] = {}
+    for dim in dict.fromkeys(map(trace.space.find, axes)):
+        if dim.size > 1 and trace.space.contains(dim, leaf):
+            try:
+                owned = int((trace.space.units(dim, leaf) >= 0).sum())
+            except Misaligned:
+                continue
+            sizes.setdefault(dim.size, owned // leaf.size)
+    return sizes
+
+
+def _ints(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
+    def plain(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    for attr, value in vars(module).items():
+        if attr.startswith("_"):
+            continue
+        if plain(value):
+            yield attr, None, value
+        elif isinstance(value, (tuple, list)) and len(value) <= 8 and value and all(map(plain, value)):
+            for i, v in enumerate(value):
+                yield attr, i, v

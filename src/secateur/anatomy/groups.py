@@ -1,0 +1,294 @@
+"""From a trace to PrunableGroups: every leaf dimension that some weights make and others read."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from secateur.anatomy.dims import Dim, Misaligned, Note
+from secateur.anatomy.trace import Contraction, Trace
+from secateur.anatomy.types import Consumer, Kind, PrunableGroup, Residual, Slot
+from secateur.nn.params import conv1d_like, owner_of
+from secateur.nn.slicing import AttrEdit
+
+NOT_YET = {
+    Kind.RESIDUAL: "the residual width runs through the whole model; it is not cut by slicing alone",
+    Kind.HEAD_DIM: "queries, keys and values share it through one fused projection; whole heads are cut instead",
+    Kind.QK_DIM: "query/key dimensions are not cut by slicing; whole heads are cut instead",
+    Kind.VO_DIM: "value dimensions share the head size with queries and keys; whole heads are cut instead",
+}
+
+
+@dataclass
+class Leaf:
+    """What the trace says about one leaf dimension."""
+
+    dim: Dim
+    slots: list[tuple[str, int]] = field(default_factory=list)
+    made: list[int] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)  # batch of a contraction of two activations: heads
+    paired: list[int] = field(default_factory=list)  # summed by a contraction of two activations: q . k
+    carried: list[int] = field(default_factory=list)  # free axis of such a contraction: attention @ v
+    grouped: list[int] = field(default_factory=list)  # groups of a convolution
+    notes: list[Note] = field(default_factory=list)
+
+
+def find_leaves(trace: Trace) -> list[Leaf]:
+    """Leaves that occur in parameters, with every contraction they take part in."""
+    space = trace.space
+    leaves: dict[Dim, Leaf] = {}
+    for name, axes in trace.params.items():
+        for axis, dim in enumerate(axes):
+            for leaf in dict.fromkeys(space.leaves(dim)):
+                leaves.setdefault(leaf, Leaf(leaf)).slots.append((name, axis))
+
+    def each(dim: Dim, where: str, index: int) -> None:
+        for leaf in dict.fromkeys(space.leaves(dim)):
+            if leaf in leaves:
+                getattr(leaves[leaf], where).append(index)
+
+    for i, event in enumerate(trace.contractions):
+        if event.weights:
+            each(event.summed, "read", i)
+            each(event.features, "made", i)
+            each(event.batch, "grouped", i)
+        else:
+            each(event.summed, "paired", i)
+            each(event.batch, "shared", i)
+            for dim in event.dims[1:3]:
+                each(dim, "carried", i)
+    for leaf, notes in space.notes().items():
+        if leaf in leaves:
+            leaves[leaf].notes = notes
+    return list(leaves.values())
+
+
+def kind_of(leaf: Leaf, trace: Trace) -> Kind:
+    if leaf.shared:
+        # Features per unit: more than one where a projection makes whole heads, one where it makes one number a head.
+        counts = {_multiplicity(trace, leaf, i) for i in leaf.made} - {1.0}
+        return Kind.KV_GROUPS if len(counts) > 1 else Kind.HEADS
+    maps_to_itself = any(i in leaf.made for i in leaf.read if trace.contractions[i].dense)
+    if maps_to_itself or any(n.kind == "skip" for n in leaf.notes):
+        return Kind.RESIDUAL
+    if leaf.paired and leaf.carried:
+        return Kind.HEAD_DIM
+    if leaf.paired:
+        return Kind.QK_DIM
+    if leaf.carried:
+        return Kind.VO_DIM
+    spatial = any(_is_spatial(trace, trace.contractions[i]) for i in {*leaf.made, *leaf.read})
+    return Kind.CHANNELS if spatial or (leaf.grouped and not _depthwise_only(leaf, trace)) else Kind.HIDDEN
+
+
+def _multiplicity(trace: Trace, leaf: Leaf, event: int) -> float:
+    """Features per unit that a producer makes, with a packed producer counted per projection."""
+    features = trace.contractions[event].features
+    for part in trace.space.find(features).parts or (features,):
+        try:
+            units = trace.space.units(part, leaf.dim)
+        except Misaligned:
+            continue
+        if (units >= 0).any():
+            return float((units >= 0).sum()) / leaf.dim.size
+    return 0.0
+
+
+def _is_spatial(trace: Trace, event: Contraction) -> bool:
+    return any(len(trace.params[w]) > 2 and any(d.size > 1 for d in trace.params[w][2:]) for w in event.weights)
+
+
+def _depthwise_only(leaf: Leaf, trace: Trace) -> bool:
+    return not any(trace.contractions[i].dense for i in leaf.grouped)
+
+
+class Builder:
+    """Turns leaves into groups; `build` gives them in order of execution, unverified."""
+
+    def __init__(self, trace: Trace, model: nn.Module) -> None:
+        self.trace, self.model, self.space = trace, model, trace.space
+        self.called = {call.path: call for call in reversed(trace.calls)}
+        self.notes = trace.space.notes()
+        self.foreign = {leaf for axes in trace.foreign for dim in axes for leaf in self.space.leaves(dim)}
+        self.names: defaultdict[str, int] = defaultdict(int)
+        self.leaves: dict[str, Dim] = {}
+
+    def build(self) -> dict[str, PrunableGroup]:
+        leaves = [x for x in find_leaves(self.trace) if x.made and (x.read or x.paired) and not self._boundary(x)]
+        leaves.sort(key=lambda x: min([*x.made, *x.read]))
+        groups = {}
+        for leaf in leaves:
+            group = self._group(leaf)
+            if group is not None:
+                groups[group.name] = group
+                self.leaves[group.name] = leaf.dim
+        return groups
+
+    def _boundary(self, leaf: Leaf) -> bool:
+        """Dimensions of the task, not of the model: pixels in, classes out."""
+        return any(n.kind == "input" for n in leaf.notes) or (
+            not leaf.read and any(n.kind == "output" for n in leaf.notes)
+        )
+
+    def _group(self, leaf: Leaf) -> PrunableGroup | None:
+        kind = kind_of(leaf, self.trace)
+        reason, norm = self._reason(leaf, kind)
+        slots = []
+        for name, axis in leaf.slots:
+            try:
+                units = self.space.units(self.trace.params[name][axis], leaf.dim)
+            except Misaligned:
+                return None
+            slots.append(Slot(name, axis, units, self._role(leaf, name, axis)))
+        owner = self._owner(leaf, [s.name for s in slots])
+        name = f"{owner}:{kind}" if owner else f"{_parent(slots[0].name)}:{kind}"
+        self.names[name] += 1
+        if self.names[name] > 1:
+            name = f"{name}.{self.names[name]}"
+        return PrunableGroup(
+            name=name,
+            kind=kind,
+            size=leaf.dim.size,
+            owner=owner,
+            slots=tuple(slots),
+            consumers=tuple(self._consumers(leaf)),
+            order=max(leaf.read or leaf.paired),
+            reason=reason,
+            norm=norm,
+            edits=tuple(self._conv_groups(leaf)),
+        )
+
+    # -- why not --------------------------------------------------------------------------------------------------
+
+    def _reason(self, leaf: Leaf, kind: Kind) -> tuple[str, str | None]:
+        names = [name for name, _ in leaf.slots]
+        if any(names.count(w) > 1 and self._uses(w) > 1 for w in names):
+            return "one weight both makes and reads it (a tied dictionary, as in ISTA blocks)", None
+        if kind in NOT_YET:
+            return NOT_YET[kind], None
+        norm = None
+        for note in leaf.notes:
+            if note.kind == "output":
+                return "it is part of the model's output", None
+            where = f" in {note.where} ({self._class(note.where)})"
+            if note.kind == "norm" or note.kind == "reduce":
+                if not self._norm_before_consumer(leaf, note.where):
+                    return f"{note.text} couples all units{where}", None
+                norm = note.where
+            elif note.kind == "softmax":
+                return f"a softmax couples all units{where}", None
+            elif note.kind == "indexed":
+                return f"single units are addressed by {note.text}{where}", None
+            elif note.kind == "opaque":
+                return f"the data flow could not be followed through '{note.text}'{where}", None
+        if leaf.dim in self.foreign:
+            return "a constant tensor of this size is neither parameter nor buffer", None
+        return "", norm
+
+    def _uses(self, weight: str) -> int:
+        return sum(weight in event.weights for event in self.trace.contractions)
+
+    def _class(self, path: str) -> str:
+        return type(self.model.get_submodule(path)).__name__
+
+    def _norm_before_consumer(self, leaf: Leaf, path: str) -> bool:
+        """Whether a module is a norm over just this dimension whose output goes straight into a consumer."""
+        module, call = self.model.get_submodule(path), self.called.get(path)
+        if call is None or next(module.children(), None) is not None or not call.first or not call.outs:
+            return False
+        mixed = {
+            dim
+            for dim, notes in self.notes.items()
+            if any(n.where == path and n.kind in ("norm", "reduce") for n in notes)
+        }
+        readers = {self.trace.contractions[i].module for i in leaf.read}
+        feeds = any(call.outs[0] in self.called[m].ins for m in readers if m in self.called)
+        return feeds and mixed == {leaf.dim} and self.space.find(call.first[-1]) is leaf.dim
+
+    # -- where ----------------------------------------------------------------------------------------------------
+
+    def _role(self, leaf: Leaf, name: str, axis: int) -> str:
+        dim = self.trace.params[name][axis]
+        for role, events in (("consumer", leaf.read), ("producer", leaf.made)):
+            for i in events:
+                event = self.trace.contractions[i]
+                if name in event.weights and len(self.trace.params[name]) > 1:
+                    side = event.summed if role == "consumer" else event.features
+                    if self._overlap(dim, side, leaf.dim):
+                        return role
+        return "other"
+
+    def _overlap(self, a: Dim, b: Dim, leaf: Dim) -> bool:
+        return self.space.contains(a, leaf) and self.space.contains(b, leaf)
+
+    def _owner(self, leaf: Leaf, names: list[str]) -> str:
+        path = os.path.commonpath(["/" + _parent(n).replace(".", "/") for n in names]).strip("/").replace("/", ".")
+        while path and not self._encloses(path, leaf.dim):
+            path = path.rpartition(".")[0]
+        return path
+
+    def _encloses(self, path: str, leaf: Dim) -> bool:
+        call = self.called.get(path)
+        return call is not None and not any(self.space.contains(d, leaf) for d in (*call.first, *call.out_axes))
+
+    def _consumers(self, leaf: Leaf) -> list[Consumer]:
+        out = []
+        for i in leaf.read:
+            event = self.trace.contractions[i]
+            module = self.model.get_submodule(event.module)
+            if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and not conv1d_like(module):
+                continue
+            for name in sorted(event.weights):
+                if _parent(name) != event.module or owner_of(self.model, name)[1] != "weight":
+                    continue
+                axis = 0 if conv1d_like(module) or getattr(module, "transposed", False) else 1
+                try:
+                    units = self.space.units(event.inputs, leaf.dim)
+                except Misaligned:
+                    continue
+                conv = isinstance(module, nn.modules.conv._ConvNd)
+                batch = self._batch_axis(event.module)
+                out.append(Consumer(event.module, name, axis, units, 1 if conv else -1, batch, self._residual(event)))
+        return out
+
+    def _batch_axis(self, path: str) -> int:
+        """The axis of a module's input along which examples lie."""
+        call = self.called.get(path)
+        axes = call.first if call else ()
+        inputs = {d for d, notes in self.notes.items() if any(n.kind == "input" for n in notes)}
+        return next((i for i, d in enumerate(axes[:-1]) if any(x in inputs for x in self.space.leaves(d))), 0)
+
+    def _residual(self, event: Contraction) -> Residual | None:
+        if event.residual is None or event.branch is None or event.branch.order is None:
+            return None
+        node = self.trace.skips[event.residual].node
+        seen = [
+            Residual(call.path, side, nodes.index(node), event.branch.scales, event.branch.order)
+            for call in self.trace.calls
+            for side, nodes in (("in", call.ins), ("out", call.outs))
+            if node in nodes and call.path
+        ]
+        here = event.module.split(".")
+        return max(seen, key=lambda r: _common(r.module.split("."), here), default=None)
+
+    def _conv_groups(self, leaf: Leaf) -> list[AttrEdit]:
+        """Convolutions whose number of groups counts these units."""
+        edits = []
+        for i in leaf.grouped:
+            event = self.trace.contractions[i]
+            if isinstance(self.model.get_submodule(event.module), nn.modules.conv._ConvNd):
+                units = self.space.units(event.batch, leaf.dim)
+                edits.append(AttrEdit(event.module, "groups", int((units >= 0).sum()) // leaf.dim.size))
+        return list(dict.fromkeys(edits))
+
+
+def _common(a: list[str], b: list[str]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -1,0 +1,119 @@
+"""Contractions: matrix products and convolutions, with their cost."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from secateur.anatomy.dims import Dim, Misaligned
+from secateur.anatomy.rules.base import Op, broadcast, rule
+from secateur.anatomy.trace import Branch, Contraction
+
+
+def _weights(op: Op, x: Tensor, w: Tensor) -> tuple[frozenset[str], bool]:
+    """Names on the weight side, and whether that side is `x`."""
+    a, b = op.tracer.look(x), op.tracer.look(w)
+    known = op.tracer.parameters
+    if not b.act and (b.name in known or (b.roots and (a.act or not a.roots))):
+        return b.roots, False
+    if not a.act and (a.name in known or a.roots):
+        return a.roots, True
+    return frozenset(), False
+
+
+def _contract(
+    op: Op,
+    out: Tensor,
+    axes: list[Dim],
+    x: Tensor,
+    w: Tensor,
+    summed: tuple[Dim, Dim],
+    rows: Dim,
+    columns: Dim,
+    batch: Dim,
+) -> None:
+    """Record out[.., rows, columns] = sum over `summed` of x[.., rows, s] * w[.., s, columns]."""
+    op.unify(*summed)
+    weights, flipped = _weights(op, x, w)
+    op.tracer.trace.contractions.append(
+        Contraction(
+            module=op.tracer.where,
+            weights=weights,
+            summed=summed[0],
+            features=rows if flipped else columns,
+            batch=batch,
+            inputs=summed[0],
+            macs=math.prod(out.shape) * summed[0].size,
+            dims=(batch, rows, columns, summed[0]),
+        )
+    )
+    op.set(out, axes, mixes=True)
+    op.set_branch(out, Branch(len(op.tracer.trace.contractions) - 1))
+
+
+@rule("mm", "addmm", "mv", "addmv", "linear")
+def mm(op: Op) -> None:
+    out = op.outs[0]
+    if op.name == "linear":
+        x, w = op.args["input"], op.args["weight"]
+        k, n = op.axis(w, 1), op.axis(w, 0)
+        bias = op.args.get("bias")
+    else:
+        x, w = (op.args["mat1"], op.args["mat2"]) if op.name == "addmm" else (op.args["self"], op.args.get("mat2"))
+        if w is None or w.dim() != 2:
+            raise Misaligned
+        k, n = op.axis(w, 0), op.axis(w, 1)
+        bias = op.args["self"] if op.name == "addmm" else None
+    rows = op.space.merge(op.axes(x)[:-1])
+    _contract(op, out, [*op.axes(x)[:-1], n], x, w, (op.axis(x, -1), k), rows, n, op.space.new(1))
+    if bias is not None and bias.dim():
+        for dim, axis in zip(reversed(op.axes(bias)), [n, *reversed(op.axes(x)[:-1])], strict=False):
+            if dim.size > 1:
+                op.unify(dim, axis)
+
+
+@rule("bmm", "baddbmm")
+def bmm(op: Op) -> None:
+    out = op.outs[0]
+    a, b = (op.args["self"], op.args["mat2"]) if op.name == "bmm" else (op.args["batch1"], op.args["batch2"])
+    (batch, rows, k), (batch2, k2, columns) = op.axes(a), op.axes(b)
+    op.unify(batch, batch2)
+    _contract(op, out, [batch, rows, columns], a, b, (k, k2), rows, columns, batch)
+    if op.name == "baddbmm":
+        broadcast(op, [op.args["self"], out], out.shape)
+
+
+@rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "convolution_overrideable")
+def convolution(op: Op) -> None:
+    out, x, w, groups = op.outs[0], op.first("input", "self"), op.args["weight"], op.args["groups"]
+    channels = op.axis(x, 1)
+    first, second = op.axes(w)[:2]
+    transposed = bool(op.args.get("transposed", False))
+    inside, outside = (first, second) if transposed else (second, first)
+    g = op.space.new(groups)
+    if transposed:
+        g, inside = op.space.split(first, [groups, first.size // groups])
+    elif groups > 1:
+        g, outside = op.space.split(first, [groups, first.size // groups])
+    op.unify(channels, op.space.merge([g, inside]))
+    features = op.space.merge([g, outside])
+    space = op.fresh(out.shape[2:])
+    op.tracer.trace.contractions.append(
+        Contraction(
+            module=op.tracer.where,
+            weights=_weights(op, x, w)[0],
+            summed=inside,
+            features=features,
+            batch=g,
+            inputs=channels,
+            macs=math.prod(out.shape) * inside.size * math.prod(w.shape[2:]),
+            dims=(op.axis(x, 0), g, outside, inside),
+            dense=inside.size > 1 or groups == 1,
+        )
+    )
+    op.set(out, [op.axis(x, 0), features, *space], mixes=inside.size > 1 or groups == 1)
+    op.set_branch(out, Branch(len(op.tracer.trace.contractions) - 1))
+    bias = op.args.get("bias")
+    if bias is not None:
+        op.unify(op.axis(bias, 0), features)

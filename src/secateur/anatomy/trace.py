@@ -1,0 +1,257 @@
+"""Run a model once and write down what every axis of every tensor means.
+
+The tracer sits below autograd and above the kernels (`TorchDispatchMode`), so it sees the same hundred or so aten
+operations whatever the model's Python looks like. For each it applies a rule (package `rules`) that says how the
+axes of the results follow from those of the arguments. An operation without a rule pins every axis that goes in:
+unknown code makes dimensions uncuttable, never wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from secateur.anatomy.dims import Dim, Note, Space
+from secateur.nn.trees import tensors_in
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A tensor that is, up to a per-channel scale and a permutation of axes, the output of a contraction.
+
+    Attributes:
+        event: index into `Trace.contractions`.
+        scales: names of the parameters multiplied on since (LayerScale).
+        order: axes of this tensor in terms of the axes of the module's output; None until the module returned.
+    """
+
+    event: int
+    scales: tuple[str, ...] = ()
+    order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known about one tensor.
+
+    Attributes:
+        axes: one Dim per axis.
+        act: whether it depends on the model's input.
+        name: the registered parameter or buffer that it is, or is a view of.
+        roots: parameters and buffers it was computed from, for tensors that do not depend on the input.
+        node: number of the operation that computed it; views keep the number of what they view.
+        past: bit set of the nodes it depends on.
+        past_mixed: those of them that it depends on through at least one dense contraction.
+    """
+
+    axes: tuple[Dim, ...]
+    act: bool = False
+    name: str | None = None
+    roots: frozenset[str] = frozenset()
+    node: int = -1
+    past: int = 0
+    past_mixed: int = 0
+    branch: Branch | None = None
+
+
+@dataclass
+class Contraction:
+    """A product that sums over an axis: a linear layer, a convolution, or attention's q @ k.
+
+    Attributes:
+        module: dotted path of the innermost module that was running.
+        weights: names of the parameters on the weight side; empty where two activations meet.
+        summed: the axis summed over.
+        features: the axis that the weight side makes.
+        batch: the axis that both sides share untouched (heads, or the groups of a convolution).
+        inputs: the input's feature axis, groups included (what a hook on the module sees).
+        macs: multiply-accumulates for the traced batch.
+        dims: axes whose sizes multiply to `macs`, besides constants.
+        dense: False for depthwise convolutions.
+        residual: index into `Trace.skips` of the addition that takes the result back into the stream.
+        branch: how the result reached that addition.
+    """
+
+    module: str
+    weights: frozenset[str]
+    summed: Dim
+    features: Dim
+    batch: Dim
+    inputs: Dim
+    macs: int
+    dims: tuple[Dim, ...]
+    dense: bool = True
+    residual: int | None = None
+    branch: Branch | None = None
+
+
+@dataclass(frozen=True)
+class Skip:
+    """An addition of a tensor to something computed from it: a residual connection."""
+
+    node: int
+    axes: tuple[Dim, ...]
+
+
+@dataclass
+class ModuleCall:
+    """One call of a module: what went in and came out, by node.
+
+    Attributes:
+        ins: nodes of the tensor arguments, the first positional ones first.
+        first: axes of the first tensor argument.
+        outs: nodes of the tensors returned.
+        out_axes: axes of the first tensor returned.
+    """
+
+    path: str
+    ins: tuple[int, ...]
+    first: tuple[Dim, ...]
+    outs: tuple[int, ...] = ()
+    out_axes: tuple[Dim, ...] = ()
+
+
+@dataclass
+class Trace:
+    """Everything one run told.
+
+    Attributes:
+        space: the Dims and the notes about them.
+        params: axes of every parameter and buffer, by name (tied names share Dims).
+        contractions: in the order they ran.
+        skips: residual additions, in order.
+        calls: module calls in order of entry.
+        shapes: for each module path, the axes it reshaped, split or expanded, with the sizes its code asked for.
+        foreign: axes of tensors that were neither arguments, parameters, buffers nor made during the run.
+        batch: size of the traced batch.
+    """
+
+    space: Space
+    params: dict[str, tuple[Dim, ...]]
+    contractions: list[Contraction] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    shapes: dict[str, list[Dim]] = field(default_factory=dict)
+    foreign: list[tuple[Dim, ...]] = field(default_factory=list)
+    batch: int = 1
+
+
+class Tracer(TorchDispatchMode):
+    """Dispatch mode that fills a `Trace`; use `trace_model`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.space = Space()
+        self.info: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.nodes = 0
+        self.stack: list[str] = [""]
+        self.trace = Trace(self.space, {})
+        self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for name, tensor in [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]:
+            known = self.info.get(tensor)
+            if known is None:
+                axes = tuple(self.space.new(s) for s in tensor.shape)
+                known = self.info[tensor] = Info(axes, name=name, roots=frozenset({name}))
+            self.trace.params[name] = known.axes
+
+    @property
+    def where(self) -> str:
+        return self.stack[-1]
+
+    def look(self, tensor: Tensor) -> Info:
+        """What is known about a tensor; one never seen before gets axes of its own."""
+        known = self.info.get(tensor)
+        if known is None:
+            known = self.info[tensor] = Info(tuple(self.space.new(s) for s in tensor.shape))
+            self.trace.foreign.append(known.axes)
+        return known
+
+    def new_node(self) -> int:
+        self.nodes += 1
+        return self.nodes - 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        from secateur.anatomy.rules import apply_rule
+
+        out = func(*args, **(kwargs or {}))
+        apply_rule(self, func, args, kwargs or {}, out)
+        return out
+
+    # -- module calls ---------------------------------------------------------------------------------------------
+
+    def enter(self, path: str, args: Any) -> ModuleCall:
+        self.stack.append(path)
+        infos = [self.info[t] for t in tensors_in(args) if t in self.info]
+        call = ModuleCall(path, tuple(i.node for i in infos), infos[0].axes if infos else ())
+        self.trace.calls.append(call)
+        return call
+
+    def leave(self, call: ModuleCall, out: Any) -> None:
+        self.stack.pop()
+        tensors = [t for t in tensors_in(out) if t in self.info]
+        call.outs = tuple(self.info[t].node for t in tensors)
+        call.out_axes = self.info[tensors[0]].axes if tensors else ()
+        for tensor in tensors:
+            info = self.info[tensor]
+            branch = info.branch
+            if branch and branch.order is None and self.trace.contractions[branch.event].module == call.path:
+                self.info[tensor] = replace(info, branch=replace(branch, order=tuple(range(tensor.dim()))))
+
+
+@contextmanager
+def _module_stack(tracer: Tracer, model: nn.Module) -> Iterator[None]:
+    handles = []
+    for path, module in model.named_modules():
+        calls: list[ModuleCall] = []
+
+        def before(_m, args, kwargs, path=path, calls=calls):
+            calls.append(tracer.enter(path, (args, kwargs)))
+
+        def after(_m, _args, _kwargs, out, calls=calls):
+            tracer.leave(calls.pop(), out)
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace_model(model: nn.Module, forward: Callable[[nn.Module, Any], Any], example: Any) -> Trace:
+    """Run `forward(model, example)` once, without gradients, and return what it told.
+
+    Args:
+        model: in eval mode; parameters may live on any device, the meta device included.
+        forward: how to call the model.
+        example: its input; the first axis of every tensor is the batch.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    tracer = Tracer(model)
+    inputs = list(tensors_in(example))
+    for tensor in inputs:
+        axes = tuple(tracer.space.new(s) for s in tensor.shape)
+        for dim in axes:
+            tracer.space.note(dim, Note("input", "", "the model's input"))
+        node = tracer.new_node()
+        tracer.info[tensor] = Info(axes, act=True, node=node, past=1 << node)
+    tracer.trace.batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _module_stack(tracer, model), tracer:
+        out = forward(model, example)
+    for tensor in tensors_in(out):
+        if tensor in tracer.info:
+            for dim in tracer.info[tensor].axes:
+                tracer.space.note(dim, Note("output", "", "the model's output"))
+    return tracer.trace

@@ -1,0 +1,200 @@
+"""What a model is made of, as data: PrunableGroups, the slices a unit owns, and what a unit costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
+
+from secateur.errors import AnatomyError
+from secateur.nn.slicing import AttrEdit
+
+
+class Kind(StrEnum):
+    """What a PrunableGroup's units are."""
+
+    HIDDEN = "hidden"  # MLP neurons: hidden units of a pair of linear layers or 1x1 convolutions
+    CHANNELS = "channels"  # channels between two convolutions
+    HEADS = "heads"
+    KV_GROUPS = "kv_groups"  # a key/value head with the query heads that share it
+    HEAD_DIM = "head_dim"  # dimensions that queries, keys and values share in every head
+    QK_DIM = "qk_dim"
+    VO_DIM = "vo_dim"
+    RESIDUAL = "residual"  # width of the residual stream
+    BLOCKS = "blocks"  # whole blocks of a repeated stack
+
+
+CUT_KINDS = frozenset({Kind.HIDDEN, Kind.CHANNELS, Kind.HEADS, Kind.KV_GROUPS})
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The part of one parameter or buffer that units own.
+
+    Attributes:
+        name: of the parameter or buffer.
+        axis: along which units lie.
+        units: [n] int64, the unit owning each index along the axis, or -1.
+        role: "producer" (rows that make the unit), "consumer" (columns that read it), or "other" (bias, norm, table).
+    """
+
+    name: str
+    axis: int
+    units: Tensor
+    role: str
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Where the stream is visible right after a consumer's output was added to it.
+
+    Attributes:
+        module: dotted path of the module that receives (or returns) the sum.
+        side: "in" or "out".
+        index: position among the module's tensor inputs or outputs.
+        scales: parameters by which the consumer's output was multiplied before the addition (LayerScale).
+        order: the stream's axes in terms of those of the consumer's output.
+    """
+
+    module: str
+    side: str
+    index: int
+    scales: tuple[str, ...]
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A layer that reads a group's units; its input is where they are observed and its weight is what is refit.
+
+    Attributes:
+        module: dotted path of the layer (linear, convolution or transformers' Conv1D).
+        weight: name of its weight.
+        axis: the weight's input axis.
+        units: [n] int64, the unit seen in each input feature, or -1.
+        features: the input's feature axis (-1 for linear layers, 1 for convolutions).
+        batch: the input's batch axis.
+        residual: where its output enters the residual stream, if it does so linearly.
+    """
+
+    module: str
+    weight: str
+    axis: int
+    units: Tensor
+    features: int = -1
+    batch: int = 0
+    residual: Residual | None = None
+
+
+@dataclass(frozen=True)
+class PrunableGroup:
+    """One dimension that can be shortened.
+
+    Attributes:
+        name: "<owner>:<kind>", stable for a given architecture.
+        kind: what a unit is.
+        size: number of units.
+        owner: dotted path of the smallest module that holds everything a unit owns.
+        slots: what a unit owns.
+        consumers: layers at whose input the units can be observed.
+        order: position in the order of execution.
+        unit_params: parameters that go with one unit.
+        unit_macs: multiply-accumulates per image that go with one unit.
+        reason: why it cannot be cut; empty if it can.
+        norm: dotted path of a norm over the hidden dimension that feeds the consumer, if there is one.
+        edits: attributes that count units.
+        rewritten: modules whose forward must be made free of the input width first, with their head counts.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+    owner: str
+    slots: tuple[Slot, ...]
+    consumers: tuple[Consumer, ...] = ()
+    order: int = 0
+    unit_params: float = 0.0
+    unit_macs: float = 0.0
+    reason: str = ""
+    norm: str | None = None
+    edits: tuple[AttrEdit, ...] = ()
+    rewritten: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
+
+    @property
+    def cuttable(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class AxisUse:
+    """How one axis of a cost term shrinks: its size, and how many indices each group's unit takes with it."""
+
+    size: int
+    groups: tuple[tuple[str, int], ...]
+    product: bool = False
+
+    def ratio(self, removed: Mapping[str, int], sizes: Mapping[str, int]) -> float:
+        if self.product:
+            out = 1.0
+            for name, _ in self.groups:
+                out *= 1 - removed.get(name, 0) / sizes[name]
+            return out
+        return 1 - sum(per_unit * removed.get(name, 0) for name, per_unit in self.groups) / self.size
+
+
+@dataclass(frozen=True)
+class CostTerm:
+    """Parameters of one tensor, or multiply-accumulates of one contraction, as a product of axes."""
+
+    amount: float
+    axes: tuple[AxisUse, ...]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All groups of a model, and what the model costs.
+
+    Attributes:
+        groups: by name, in order of execution; those that cannot be cut say why.
+        params: number of parameters, tied ones counted once.
+        macs: multiply-accumulates for one example of the traced size.
+        blocks: paths of the blocks of every repeated stack, in order of execution.
+    """
+
+    groups: dict[str, PrunableGroup]
+    params: int
+    macs: float
+    param_terms: tuple[CostTerm, ...] = field(repr=False, default=())
+    mac_terms: tuple[CostTerm, ...] = field(repr=False, default=())
+    input_shape: tuple[int, ...] = ()
+    blocks: tuple[str, ...] = ()
+
+    @property
+    def cuttable(self) -> dict[str, PrunableGroup]:
+        return {n: g for n, g in self.groups.items() if g.cuttable}
+
+    def group(self, name: str) -> PrunableGroup:
+        if name not in self.groups:
+            raise AnatomyError(f"no group '{name}'; this model has: {', '.join(list(self.groups)[:8])}, ...")
+        return self.groups[name]
+
+    def _total(self, terms: tuple[CostTerm, ...], kept: Mapping[str, int]) -> float:
+        sizes = {n: g.size for n, g in self.groups.items()}
+        removed = {n: sizes[n] - k for n, k in kept.items() if n in sizes}
+        total = 0.0
+        for term in terms:
+            amount = term.amount
+            for axis in term.axes:
+                amount *= axis.ratio(removed, sizes)
+            total += amount
+        return total
+
+    def params_after(self, kept: Mapping[str, int]) -> int:
+        """Exact parameter count when each named group keeps so many units (biases added by compensation aside)."""
+        return round(self._total(self.param_terms, kept))
+
+    def macs_after(self, kept: Mapping[str, int]) -> float:
+        """Multiply-accumulates per example when each named group keeps so many units."""
+        return self._total(self.mac_terms, kept)

@@ -1,0 +1,279 @@
+"""Proof on the module itself that a group can be cut: a randomised copy, masked, against the same copy, sliced.
+
+The trace says what a unit owns; this says that a module whose own code names the size runs at the smaller size and
+gives the masked result. It also decides which attributes count the units. Modules with the same structure are proved
+once; where no code names the size, only standard layers see it, and there is nothing to prove.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from secateur.anatomy.dims import Dim
+from secateur.anatomy.edits import candidate_edits, head_counts, size_is_named
+from secateur.anatomy.trace import Trace
+from secateur.anatomy.types import PrunableGroup
+from secateur.nn.attention import explicit_attention
+from secateur.nn.masking import restrict_norm_, silence_
+from secateur.nn.reforward import reforward_
+from secateur.nn.slicing import AttrEdit, finish_, keep_mask, slice_tensors_
+from secateur.nn.trees import tensors_in
+
+TOLERANCE = 1e-4  # of the largest output, float64 where the module allows it, else float32
+
+
+class Verifier:
+    """Proves groups of one traced model.
+
+    Args:
+        model: the model, unchanged by verification.
+        forward: how to call it.
+        example: the traced input.
+    """
+
+    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Any], example: Any, trace: Trace) -> None:
+        self.model, self.forward, self.example, self.trace = model, forward, example, trace
+        self.proved: dict[tuple, PrunableGroup] = {}
+        self.inputs: dict[str, tuple[tuple, dict]] = {}
+
+    def prove(self, groups: dict[str, PrunableGroup], leaves: dict[str, Dim]) -> dict[str, PrunableGroup]:
+        """The groups, those that can be cut with the edits that it takes, the others with the reason."""
+        signatures = {
+            n: _signature(self.model, g)
+            for n, g in groups.items()
+            if g.cuttable and size_is_named(self.trace, self.model, leaves[n])
+        }
+        firsts = {sig: n for n, sig in reversed(signatures.items())}
+        self._capture({groups[n].owner for n in firsts.values()})
+        out = {}
+        for name, group in groups.items():
+            if name in signatures:
+                known = self.proved.get(signatures[name])
+                if known is None:
+                    known = self.proved[signatures[name]] = self._prove(group, leaves[name])
+                    out[name] = known
+                else:
+                    out[name] = _transfer(known, group)
+            else:
+                out[name] = group
+        self.inputs.clear()
+        return out
+
+    def _capture(self, owners: Iterable[str]) -> None:
+        """Run the model once and keep the inputs of the modules to be proved."""
+        handles = []
+        for path in owners:
+            if not path:
+                continue
+
+            def before(_module, args, kwargs, path=path):
+                if path not in self.inputs:
+                    self.inputs[path] = tree_map(_clone, (args, kwargs))
+
+            handles.append(self.model.get_submodule(path).register_forward_pre_hook(before, with_kwargs=True))
+        try:
+            if handles:
+                with torch.no_grad(), explicit_attention(self.model):
+                    self.forward(self.model, self.example)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _prove(self, group: PrunableGroup, leaf: Dim) -> PrunableGroup:
+        local = _localise(group)
+        keep = _some(group.size)
+        reference, run = self._reference(group, local, keep)
+        if isinstance(reference, str):
+            return replace(group, reason=reference)
+        tried: set[tuple] = set()
+        error = ""
+        for rewritten in (False, True):
+            for edits in candidate_edits(self.trace, self.model, group, leaf):
+                rewrites = self._rewrites(group) if rewritten else ()
+                if (edits, rewrites) in tried or (rewritten and not rewrites):
+                    continue
+                tried.add((edits, rewrites))
+                attempt = replace(group, edits=edits, rewritten=rewrites)
+                error = self._attempt(attempt, keep, reference, run)
+                if not error:
+                    return attempt
+        return replace(group, reason=f"{self._class(group)} cannot run with fewer units: {error}")
+
+    def _class(self, group: PrunableGroup) -> str:
+        return type(self.model.get_submodule(group.owner)).__name__
+
+    def _rewrites(self, group: PrunableGroup) -> tuple[tuple[str, tuple[tuple[str, int], ...]], ...]:
+        """Modules of the owner that reshape the group's axis, with the head counts their code divides by."""
+        paths = [p for p in self.trace.shapes if p == group.owner or p.startswith(group.owner + ".")]
+        out = []
+        for path in paths:
+            heads = head_counts(self.model, path)
+            if heads and reforward_(copy.copy(self.model.get_submodule(path)), heads):
+                out.append((path, tuple(heads.items())))
+        return tuple(out)
+
+    def _module(self, group: PrunableGroup, dtype: torch.dtype) -> nn.Module:
+        clone = copy.deepcopy(self.model.get_submodule(group.owner))
+        randomise_(clone)
+        return clone.to(dtype)
+
+    def _reference(self, group: PrunableGroup, local: PrunableGroup, keep: Tensor):
+        """Output of the masked module, and how to run one; or the reason why it cannot be run."""
+        error = ""
+        for dtype in (torch.float64, torch.float32):
+            if group.owner and group.owner not in self.inputs:
+                return "its module was never called", None
+            args, kwargs = self.inputs[group.owner] if group.owner else ((self.example,), {})
+            args, kwargs = tree_map(lambda t, dtype=dtype: _cast(t, dtype), (args, kwargs))
+
+            def run(module: nn.Module, args=args, kwargs=kwargs) -> list[Tensor]:
+                with torch.no_grad(), explicit_attention(module):
+                    out = module(*args, **kwargs) if group.owner else self.forward(module, args[0])
+                return [t for t in tensors_in(out) if t.is_floating_point()]
+
+            try:
+                module = self._module(group, dtype)
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)
+                mask_(module, local, keep)
+                return run(module), (run, dtype)
+            except Exception as e:  # any failure here means: cannot be proved, and the reason is reported
+                error = _one_line(e)
+        return f"{self._class(group)} could not be run by itself: {error}", None
+
+    def _attempt(self, group: PrunableGroup, keep: Tensor, reference: list[Tensor], run: tuple) -> str:
+        call, dtype = run
+        try:
+            module = self._module(group, dtype)
+            cut_module_(module, _localise(group), keep)
+            out = call(module)
+        except Exception as e:  # the module's own code refusing the size is an answer, not a crash
+            return _one_line(e)
+        return compare(reference, out)
+
+
+def compare(reference: list[Tensor], out: list[Tensor], tolerance: float = TOLERANCE) -> str:
+    """Empty if two lists of outputs agree, else what differs."""
+    if len(reference) != len(out) or any(a.shape != b.shape for a, b in zip(reference, out, strict=True)):
+        return "its output changes shape"
+    for a, b in zip(reference, out, strict=True):
+        scale = a.abs().max().clamp_min(1e-12)
+        worst = float((a - b).abs().max() / scale) if a.numel() else 0.0
+        if not worst <= tolerance:
+            return f"its output differs from the masked one by {worst:.1e}"
+    return ""
+
+
+def mask_(root: nn.Module, group: PrunableGroup, keep: Tensor) -> None:
+    """Silence, in place, every unit of a group that is not kept."""
+    if group.norm is not None:
+        consumer = next(s for s in group.slots if s.role == "consumer")
+        restrict_norm_(root.get_submodule(group.norm), keep_mask(consumer.units, keep, group.size))
+    for slot in group.slots:
+        if slot.role == "consumer":
+            silence_(root, slot.name, slot.axis, ~keep_mask(slot.units, keep, group.size))
+
+
+def cut_module_(root: nn.Module, group: PrunableGroup, keep: Tensor) -> None:
+    """Remove, in place, every unit of one group that is not kept."""
+    for path, heads in group.rewritten:
+        reforward_(root.get_submodule(path), dict(heads))
+    masks: dict[str, dict[int, Tensor]] = {}
+    for slot in group.slots:
+        masks.setdefault(slot.name, {})[slot.axis] = keep_mask(slot.units, keep, group.size)
+    slice_tensors_(root, masks)
+    removed = group.size - len(keep)
+    finish_(root, masks, [(edit, removed) for edit in group.edits])
+
+
+@torch.no_grad()
+def randomise_(module: nn.Module) -> None:
+    """Random parameters of ordinary size: zero-initialised layers and tiny LayerScales would hide mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in module.named_parameters():
+        if not p.is_floating_point():
+            continue
+        noise = torch.randn(p.shape, generator=generator)
+        if p.dim() > 1:
+            noise *= (p.numel() / p.shape[0]) ** -0.5
+        elif name.rpartition(".")[2] in {"weight", "gamma", "scale"}:
+            noise = 1 + 0.2 * noise
+        else:
+            noise *= 0.2
+        p.copy_(noise)
+    for name, b in module.named_buffers():
+        if name.endswith("running_mean"):
+            b.copy_(0.1 * torch.randn(b.shape, generator=generator))
+        elif name.endswith("running_var"):
+            b.copy_(0.5 + torch.rand(b.shape, generator=generator))
+
+
+def _some(size: int) -> Tensor:
+    """About two thirds of the units, at least one gone and one kept where that is possible."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    return order[: max(1, min(size - 1, -(-2 * size // 3)))].sort().values
+
+
+def _localise(group: PrunableGroup) -> PrunableGroup:
+    """The group with every path relative to its owner."""
+    prefix = len(group.owner) + 1 if group.owner else 0
+    return replace(
+        group,
+        slots=tuple(replace(s, name=s.name[prefix:]) for s in group.slots),
+        edits=tuple(replace(e, module=e.module[prefix:]) for e in group.edits),
+        rewritten=tuple((path[prefix:], heads) for path, heads in group.rewritten),
+        norm=None if group.norm is None else group.norm[prefix:],
+    )
+
+
+def _transfer(known: PrunableGroup, group: PrunableGroup) -> PrunableGroup:
+    """What was proved for one group, for another of the same structure."""
+    local = _localise(known)
+    prefix = f"{group.owner}." if group.owner else ""
+
+    def move(path: str) -> str:
+        return (prefix + path).rstrip(".")
+
+    edits = tuple(AttrEdit(move(e.module), e.attr, e.per_unit, e.index) for e in local.edits)
+    return replace(
+        group, edits=edits, reason=known.reason, rewritten=tuple((move(p), heads) for p, heads in local.rewritten)
+    )
+
+
+def _signature(model: nn.Module, group: PrunableGroup) -> tuple:
+    owner = model.get_submodule(group.owner)
+    local = _localise(group)
+    tree = tuple((n, type(m)) for n, m in owner.named_modules())
+    shapes = tuple((n, tuple(p.shape)) for n, p in owner.named_parameters())
+    slots = tuple((s.name, s.axis, s.role) for s in local.slots)
+    return (group.kind, group.size, tree, shapes, slots, local.norm, _settings(owner))
+
+
+def _settings(owner: nn.Module) -> tuple:
+    """Plain settings that steer a forward (window shifts, flags), for every module inside."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (a, v)
+        for m in owner.modules()
+        for a, v in sorted(vars(m).items())
+        if isinstance(v, plain) and a not in ("training", "layer_idx", "layer_id", "block_idx", "drop_prob")
+    )
+
+
+def _clone(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"

@@ -1,0 +1,108 @@
+"""The steps of the pipeline as a user calls them: each finds by itself what the step before it left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from secateur.anatomy import Anatomy, find_anatomy
+from secateur.calibration import Statistics
+from secateur.calibration import calibrate as _calibrate
+from secateur.data import batches
+from secateur.errors import DataError
+from secateur.models import example_input, source_of
+from secateur.models import forward as library_forward
+from secateur.plan import Plan
+from secateur.surgery import compensators
+from secateur.surgery import prune as _prune
+from secateur.surgery import prune_ as _prune_
+from secateur.surgery.cut import mark_as_cut, plan_of, recipe_of
+from secateur.surgery.sequential import refit_
+
+
+def inspect(
+    model: nn.Module, example: Any = None, *, forward: Callable[[nn.Module, Any], Any] | None = None
+) -> Anatomy:
+    """Find every PrunableGroup of a model.
+
+    Args:
+        model: of timm, transformers or open_clip, or any module of your own.
+        example: an input, batch first; random images of the model's size by default.
+        forward: how to call the model on it; the library's own way by default.
+
+    Raises:
+        AnatomyError: the model cannot be run on the example.
+    """
+    example = example_input(model) if example is None else example
+    return find_anatomy(model, example, forward or library_forward)
+
+
+def calibrate(model: nn.Module, data: Any, anatomy: Anatomy | None = None, **options: Any) -> Statistics:
+    """Collect statistics; see `secateur.calibration.calibrate`. The anatomy is found if it is not given."""
+    anatomy = anatomy or inspect(model)
+    statistics = _calibrate(model, data, anatomy, **options)
+    statistics.model, statistics.anatomy = model, anatomy
+    return statistics
+
+
+def prune(model: nn.Module, plan: Plan, **options: Any) -> nn.Module:
+    """A new, smaller model, the given one untouched; see `prune_` for the options."""
+    return _cut(_prune, model, plan, **options)
+
+
+def prune_(model: nn.Module, plan: Plan, **options: Any) -> nn.Module:
+    """Cut a model in place.
+
+    Args:
+        model: the dense model.
+        plan: for this model.
+        compensate: "none", "mean", "ridge", "affine" or "sequential" (`list_compensators()`).
+        stats: of the dense model.
+        data: images, for "sequential", which reads them again.
+        anatomy: of the dense model; that of the statistics by default.
+        ridge, add_bias: see `secateur.surgery.prune_`.
+
+    Raises:
+        PlanError: the plan is for another model.
+        DataError: statistics or images are needed.
+    """
+    return _cut(_prune_, model, plan, **options)
+
+
+def _cut(
+    function: Callable[..., nn.Module],
+    model: nn.Module,
+    plan: Plan,
+    *,
+    compensate: str = "affine",
+    stats: Statistics | None = None,
+    data: Any = None,
+    anatomy: Anatomy | None = None,
+    batch_size: int = 16,
+    limit: int | None = None,
+    seed: int = 0,
+    ridge: float = 1e-3,
+    add_bias: bool = True,
+) -> nn.Module:
+    anatomy = anatomy or (stats.anatomy if stats else None) or inspect(model)
+    rule = compensators.get(compensate)
+    cuts = any(len(kept.keep) < kept.size for kept in plan.groups.values())
+    if not rule.sequential or not cuts:
+        return function(
+            model, plan, anatomy=anatomy, compensate=compensate, statistics=stats, ridge=ridge, add_bias=add_bias
+        )
+    if data is None:
+        raise DataError(f"compensator '{compensate}' reads the calibration images again: give data=")
+    if function is _prune_:
+        raise DataError(f"compensator '{compensate}' needs the dense model beside the cut one: use prune, not prune_")
+    small = function(
+        model, plan, anatomy=anatomy, compensate=compensate, statistics=stats, ridge=ridge, add_bias=add_bias
+    )
+    images = batches(data, source_of(model).image, size=batch_size, limit=limit, seed=seed)
+    added = refit_(small, model, anatomy, images, statistics=stats, ridge=ridge, add_bias=add_bias)
+    recipe = recipe_of(small)
+    recipe.biases.extend(name for name in added if name not in recipe.biases)
+    mark_as_cut(small, recipe, plan_of(small) or plan)
+    return small

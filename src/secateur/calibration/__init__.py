@@ -1,0 +1,186 @@
+"""Calibration: one streaming pass over the data, forward and (for losses) backward, that keeps sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.anatomy import Anatomy
+from secateur.calibration.checkpointing import checkpointed
+from secateur.calibration.collect import Collector, sliver_cut
+from secateur.calibration.distributed import add_over_ranks, merge_over_ranks, rank_and_world
+from secateur.calibration.losses import Loss, LossInput, losses
+from secateur.calibration.statistics import LayerSums, Statistics, TaylorSums
+from secateur.data import batches
+from secateur.errors import AnatomyError, DataError
+from secateur.fingerprint import fingerprint
+from secateur.models import Features, features, source_of
+from secateur.nn.attention import explicit_attention
+from secateur.progress import track
+
+__all__ = ["LayerSums", "Statistics", "TaylorSums", "calibrate", "losses"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def calibrate(
+    model: nn.Module,
+    data: Any,
+    anatomy: Anatomy,
+    *,
+    loss: str | Sequence[str] = "features",
+    weighting: str | None = "features",
+    power: float = 0.5,
+    covariance: bool = True,
+    batch_size: int = 16,
+    limit: int | None = None,
+    dtype: str = "float32",
+    checkpointing: bool = False,
+    broken: float = 0.1,
+    seed: int = 0,
+) -> Statistics:
+    """Run the data through a model once and keep the sums that criteria, allocators and compensators need.
+
+    Under torchrun or `accelerate launch` every process takes a share of the batches and all end with the same sums.
+
+    Args:
+        model: the dense model, unchanged.
+        data: anything `secateur.data.batches` reads.
+        anatomy: of this model.
+        loss: names of losses to run backward ("entropy", "features", "logits-entropy", "kl", "cross-entropy"); an
+            empty sequence for a forward pass only.
+        weighting: the loss whose gradient says how much each position matters in the covariances; None for equal
+            weights. Ignored unless it is among `loss`.
+        power: how strongly; 0 is equal weights, 1 is the gradient energy itself.
+        covariance: collect outer products (N x N per layer); without them only diagonal criteria can be used.
+        batch_size: images per batch; losses that compare images within a batch need at least two.
+        limit: use only so many images.
+        dtype: "float32" or "bfloat16" arithmetic; sums are float32 always.
+        checkpointing: recompute activations in the backward pass, block by block.
+        broken: largest share of unreadable images to put up with.
+
+    Raises:
+        DataError: too few images, or a loss that this data or model cannot serve.
+        AnatomyError: the model gives NaN, or has no group that could be observed.
+    """
+    names = (loss,) if isinstance(loss, str) else tuple(loss)
+    chosen = {name: losses.get(name) for name in names}
+    weighting = weighting if weighting in chosen else None
+    stream = batches(data, source_of(model).image, size=batch_size, limit=limit, seed=seed, broken=broken)
+    if any(x.in_batch for x in chosen.values()) and min(batch_size, len(stream.items)) < 2:
+        raise DataError(
+            f"loss '{', '.join(names)}' compares images within a batch: give at least 2 images and batch_size 2"
+        )
+    if dtype not in DTYPES:
+        raise DataError(f"dtype '{dtype}' is not known; use {' or '.join(DTYPES)}")
+    rank, world = rank_and_world()
+    stream = stream.shard(rank, world) if world > 1 else stream
+    first = next((n for n, x in chosen.items() if not x.sliver), None)
+    collector = Collector(
+        model,
+        anatomy,
+        covariance=covariance,
+        weighting=weighting,
+        power=power,
+        losses=names,
+        again=first if checkpointing else None,
+    )
+    if not collector.watches:
+        raise AnatomyError("the model has no group whose units can be observed; see `secateur inspect` for the reasons")
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        stack.enter_context(explicit_attention(model))
+        stack.enter_context(collector.watching())
+        if checkpointing:
+            stack.enter_context(checkpointed(model, anatomy.blocks))
+        for i, (images, labels) in enumerate(track(stream.labelled(), "Calibrating", len(stream))):
+            step_seed = seed * 1_000_003 + rank + i * world
+            with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+                _one_batch(model, anatomy, collector, chosen, images.to(device), labels, step_seed)
+    statistics = collector.statistics
+    statistics.skipped = dict(stream.skipped)
+    if world > 1:
+        statistics.reduce_(add_over_ranks)
+        statistics.skipped = merge_over_ranks(statistics.skipped)
+    if statistics.images == 0:
+        raise DataError("no image could be read")
+    statistics.meta = {
+        "fingerprint": fingerprint(model),
+        "weighting": weighting,
+        "power": power,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "seed": seed,
+        "losses": list(names),
+    }
+    return statistics
+
+
+def _one_batch(
+    model: nn.Module,
+    anatomy: Anatomy,
+    collector: Collector,
+    chosen: dict[str, Loss],
+    images: Tensor,
+    labels: Tensor | None,
+    seed: int,
+) -> None:
+    collector.images = images.shape[0]
+    collector.statistics.images += images.shape[0]
+    usable = {n: x for n, x in chosen.items() if not (x.in_batch and images.shape[0] < 2)}
+    plain = {n: x for n, x in usable.items() if not x.sliver}
+    collector.phase = "forward"
+    images = images.requires_grad_(bool(plain))
+    with torch.set_grad_enabled(bool(plain)):
+        seen = features(model, images)
+    _check(seen.embedding)
+    for k, (name, loss) in enumerate(plain.items()):
+        collector.phase = name
+        value = loss(LossInput(seen, labels, None, seed))
+        torch.autograd.grad(value, images, retain_graph=k + 1 < len(plain))
+    teacher = Features(*(None if t is None else t.detach() for t in (seen.embedding, seen.patches, seen.logits)))  # type: ignore[arg-type]
+    for name, loss in usable.items():
+        if loss.sliver:
+            _sliver_step(model, anatomy, collector, name, loss, LossInput(seen, labels, teacher, seed), images)
+
+
+def _sliver_step(
+    model: nn.Module, anatomy: Anatomy, collector: Collector, name: str, loss: Loss, given: LossInput, images: Tensor
+) -> None:
+    """A second run with a sliver cut, compared with the first: only its gradients are collected."""
+    collector.phase = f"student of {name}"
+    images = images.detach().requires_grad_(True)
+    with sliver_cut(model, anatomy):
+        student = features(model, images)
+        collector.phase = name
+        torch.autograd.grad(loss(replace(given, features=student)), images)
+
+
+def _check(embedding: Tensor) -> None:
+    if not torch.isfinite(embedding).all():
+        raise AnatomyError(
+            "the model's output is not finite (NaN or infinity); check its weights, or use float32 instead of bfloat16"
+        )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients of weights, then everything as it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    model.eval()
+    for p, _ in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, grad in wanted:
+            p.requires_grad_(grad)
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,164 @@
+"""What a criterion sees of a group, and the registry.
+
+A criterion is one function from a `GroupView` to one number per unit, higher = keep. It says what it needs, so that
+calibration collects just that.
+
+Shapes: U units, N input features of a consumer, D its outputs, R rows of a producer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from secateur.anatomy.types import Consumer, PrunableGroup
+from secateur.calibration.statistics import LayerSums, Statistics, TaylorSums
+from secateur.errors import DataError
+from secateur.nn.params import get_tensor
+from secateur.registry import Registry
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one consumer reads a group.
+
+    Attributes:
+        consumer: the layer.
+        weight: [N, D], its weight, input features first, kernel positions counted as outputs.
+        units: [N], the unit of each input feature, or -1.
+        sums: statistics at its input, if there are any.
+    """
+
+    consumer: Consumer
+    weight: Tensor
+    units: Tensor
+    sums: LayerSums | None
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """A group with its weights and statistics, as a criterion reads them."""
+
+    group: PrunableGroup
+    model: nn.Module
+    statistics: Statistics | None
+    seed: int = 0
+    options: dict[str, float | str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return self.group.size
+
+    def readings(self) -> Iterator[Reading]:
+        """Every consumer with a weight that can be read as a matrix."""
+        for consumer in self.group.consumers:
+            weight = get_tensor(self.model, consumer.weight).detach().float().cpu()
+            matrix = weight.movedim(consumer.axis, 0).flatten(1)
+            if matrix.shape[0] != len(consumer.units):
+                continue  # a grouped convolution: its columns repeat
+            sums = None if self.statistics is None else self.statistics.layers.get(consumer.module)
+            yield Reading(consumer, matrix, consumer.units, sums)
+
+    def producer_rows(self) -> Tensor:
+        """[U, R]: everything that makes a unit, biases left out, flattened."""
+        rows = [self._rows(s.name, s.axis, s.units) for s in self.group.slots if s.role == "producer"]
+        if not rows:
+            raise DataError(f"group '{self.group.name}' has no producer weights to score")
+        return torch.cat(rows, dim=1)
+
+    def consumer_rows(self) -> Tensor:
+        """[U, R]: everything that reads a unit, flattened."""
+        rows = [self._rows(s.name, s.axis, s.units) for s in self.group.slots if s.role == "consumer"]
+        return torch.cat(rows, dim=1) if rows else torch.zeros(self.size, 1)
+
+    def _rows(self, name: str, axis: int, units: Tensor) -> Tensor:
+        weight = get_tensor(self.model, name).detach().float().cpu().movedim(axis, 0).flatten(1)
+        order = [torch.nonzero(units == u)[:, 0] for u in range(self.size)] if self._ragged(units) else None
+        if order is None:
+            own = units >= 0
+            return weight[own][units[own].argsort(stable=True)].reshape(self.size, -1)
+        return torch.stack([weight[i].flatten() for i in order])
+
+    def _ragged(self, units: Tensor) -> bool:
+        counts = torch.bincount(units[units >= 0], minlength=self.size)
+        return bool((counts != counts[0]).any())
+
+    def per_unit(self, values: Tensor, units: Tensor) -> Tensor:
+        """Sum a value per input feature [N] over the features of each unit: [U]."""
+        own = units >= 0
+        return torch.zeros(self.size, dtype=values.dtype).index_add_(0, units[own], values[own])
+
+    def taylor(self, loss: str) -> TaylorSums:
+        """Gradient x activation sums of one loss, added over the group's consumers.
+
+        Raises:
+            DataError: the statistics were gathered without this loss.
+        """
+        held = {} if self.statistics is None else self.statistics.taylor.get(loss, {})
+        found = [held[key] for c in self.group.consumers if (key := f"{self.group.name}@{c.module}") in held]
+        if not found:
+            have = "none" if self.statistics is None else ", ".join(self.statistics.losses) or "none"
+            raise DataError(
+                f"these statistics hold no gradients of loss '{loss}' (they hold: {have}); calibrate with it"
+            )
+        total = TaylorSums.zeros(self.size)
+        for sums in found:
+            for name in ("signed", "sample", "squared", "token"):
+                getattr(total, name).add_(getattr(sums, name))
+        return total
+
+    def option(self, name: str, default: float | str) -> float | str:
+        return self.options.get(name, default)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A scoring rule.
+
+    Attributes:
+        score: from a view of a group to [U], higher = keep.
+        data: it needs statistics at all.
+        covariance: it needs outer products.
+        losses: it needs the gradients of these losses.
+        weighting: its covariances are better weighted by how much a token matters.
+    """
+
+    score: Callable[[GroupView], Tensor]
+    data: bool = True
+    covariance: bool = False
+    losses: tuple[str, ...] = ()
+    weighting: str | None = None
+
+
+criteria: Registry[Criterion] = Registry("criterion")
+
+
+def criterion(
+    name: str,
+    *,
+    data: bool = True,
+    covariance: bool = False,
+    losses: tuple[str, ...] = (),
+    weighting: str | None = None,
+) -> Callable[[Callable[[GroupView], Tensor]], Callable[[GroupView], Tensor]]:
+    """Decorator: register a function from `GroupView` to [U] scores as a criterion."""
+
+    def add(function: Callable[[GroupView], Tensor]) -> Callable[[GroupView], Tensor]:
+        criteria.register(name)(Criterion(function, data, covariance, losses, weighting))
+        return function
+
+    return add
+
+
+def need(reading: Reading) -> LayerSums:
+    """The statistics at a consumer's input.
+
+    Raises:
+        DataError: there are none.
+    """
+    if reading.sums is None:
+        raise DataError(f"no statistics at '{reading.consumer.module}'; calibrate this model first")
+    return reading.sums

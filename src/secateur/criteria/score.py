@@ -1,0 +1,127 @@
+"""Scoring every group of a model, and what the scores predict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.anatomy.types import Anatomy
+from secateur.calibration.statistics import Statistics
+from secateur.criteria.base import Criterion, GroupView, criteria
+from secateur.criteria.curves import error_curve
+from secateur.errors import ArtifactError, DataError
+from secateur.fingerprint import fingerprint
+from secateur.progress import track
+
+VERSION = 1
+
+
+@dataclass
+class Scores:
+    """One number per unit, and how the error grows as units go.
+
+    Attributes:
+        values: by group, [U], higher = keep.
+        curves: by group, [U + 1], predicted error of the features when the best k units stay and the consumer is
+            refit; only where covariances and gradients were collected.
+        meta: criterion, options and fingerprint of the model.
+        anatomy: of the model (not saved).
+    """
+
+    values: dict[str, Tensor]
+    curves: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+    anatomy: Anatomy | None = field(default=None, repr=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors; atomic."""
+        from safetensors.torch import save_file
+
+        from secateur.files import atomic_file
+
+        tensors = {f"value|{k}": v.contiguous() for k, v in self.values.items()}
+        tensors |= {f"curve|{k}": v.contiguous() for k, v in self.curves.items()}
+        header = json.dumps({"version": VERSION, **self.meta})
+        with atomic_file(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata={"secateur_scores": header})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: the file is missing, damaged, or not scores.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = json.loads((file.metadata() or {})["secateur_scores"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as e:
+            raise ArtifactError(f"'{path}' is not a readable scores file ({type(e).__name__}); score again") from e
+        parts: dict[str, dict[str, Tensor]] = {"value": {}, "curve": {}}
+        for name, tensor in tensors.items():
+            kind, _, group = name.partition("|")
+            parts[kind][group] = tensor
+        return cls(parts["value"], parts["curve"], meta)
+
+
+def score(
+    statistics: Statistics | None,
+    criterion: str = "obs",
+    *,
+    model: nn.Module | None = None,
+    anatomy: Anatomy | None = None,
+    groups: Iterable[str] | None = None,
+    seed: int = 0,
+    **options: float | str,
+) -> Scores:
+    """Score every cuttable group of a model.
+
+    Args:
+        statistics: of this model; None for criteria that need no data.
+        criterion: a name from `list_criteria()`.
+        model, anatomy: those of the calibration by default; needed when statistics were loaded from a file.
+        groups: names to score; all cuttable ones by default.
+        options: of the criterion, as its docstring names them.
+
+    Raises:
+        RegistryError: no such criterion.
+        DataError: the statistics lack what the criterion needs, or belong to another model.
+    """
+    rule: Criterion = criteria.get(criterion)
+    model = model if model is not None else getattr(statistics, "model", None)
+    anatomy = anatomy if anatomy is not None else getattr(statistics, "anatomy", None)
+    if model is None or anatomy is None:
+        raise DataError("give model= and anatomy= along with statistics that were loaded from a file")
+    if rule.data and statistics is None:
+        raise DataError(
+            f"criterion '{criterion}' needs statistics; calibrate first, or use a data-free one (magnitude, dgmr)"
+        )
+    mark = fingerprint(model)
+    if statistics is not None and statistics.meta.get("fingerprint", mark)["structure"] != mark["structure"]:
+        raise DataError("these statistics belong to another model; calibrate this one")
+    out = Scores({}, meta={"criterion": criterion, "options": options, "fingerprint": mark}, anatomy=anatomy)
+    wanted = set(anatomy.cuttable if groups is None else groups)
+    todo = [g for n, g in anatomy.cuttable.items() if n in wanted]
+    for group in track(todo, f"Scoring ({criterion})"):
+        view = GroupView(group, model, statistics, seed, dict(options))
+        if rule.data and not any(r.sums is not None for r in view.readings()):
+            continue  # not observable: stays whole
+        values = rule.score(view).float()
+        if not torch.isfinite(values).all():
+            raise DataError(
+                f"criterion '{criterion}' gave NaN or infinite scores for '{group.name}'; check the weights"
+            )
+        out.values[group.name] = values
+        curve = error_curve(view, values)
+        if curve is not None:
+            out.curves[group.name] = curve
+    return out

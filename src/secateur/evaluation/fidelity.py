@@ -1,0 +1,109 @@
+"""How close a model's features are to the dense model's, without labels.
+
+Shapes: N images, D features, P patches, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.data import Batches
+from secateur.errors import DataError
+from secateur.models import features
+from secateur.progress import track
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Agreement of a cut model with the dense one on the same images.
+
+    Attributes:
+        cls_cosine: mean cosine of the embeddings.
+        patch_cosine: mean cosine of the patch tokens; None if the model hides them.
+        self_retrieval: share of images whose cut embedding is closest, among all dense embeddings, to their own.
+        neighbours: share of images whose nearest other image is the same in both models.
+        top1_agreement: share of images given the same class; None without a classifier.
+        images: N.
+    """
+
+    cls_cosine: float
+    patch_cosine: float | None
+    self_retrieval: float
+    neighbours: float
+    top1_agreement: float | None
+    images: int
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def fidelity(cut: nn.Module, dense: nn.Module, data: Batches) -> Fidelity:
+    """Run both models over the images, batch by batch, and compare; only embeddings are kept.
+
+    Raises:
+        DataError: fewer than two images could be read.
+    """
+    embeddings: dict[str, list[Tensor]] = {"cut": [], "dense": []}
+    patches, agree, images, tokens = 0.0, 0, 0, 0
+    logits = False
+    device = next(dense.parameters()).device
+    with _eval(cut), _eval(dense):
+        for batch in track(data, "Comparing", len(data)):
+            batch = batch.to(device)
+            a, b = features(cut, batch), features(dense, batch)
+            embeddings["cut"].append(a.embedding.float().cpu())
+            embeddings["dense"].append(b.embedding.float().cpu())
+            images += batch.shape[0]
+            if a.patches is not None and b.patches is not None and a.patches.shape == b.patches.shape:
+                cosines = F.cosine_similarity(a.patches.float(), b.patches.float(), dim=-1)
+                patches, tokens = patches + float(cosines.sum()), tokens + cosines.numel()
+            if a.logits is not None and b.logits is not None:
+                logits = True
+                agree += int((a.logits.argmax(-1) == b.logits.argmax(-1)).sum())
+    if images < 2:
+        raise DataError(f"fidelity needs at least 2 readable images, found {images}")
+    a_ND, b_ND = (torch.cat(embeddings[k]) for k in ("cut", "dense"))
+    return Fidelity(
+        cls_cosine=float(F.cosine_similarity(a_ND, b_ND, dim=-1).mean()),
+        patch_cosine=patches / tokens if tokens else None,
+        self_retrieval=self_retrieval(a_ND, b_ND),
+        neighbours=neighbour_agreement(a_ND, b_ND),
+        top1_agreement=agree / images if logits else None,
+        images=images,
+    )
+
+
+def self_retrieval(cut_ND: Tensor, dense_ND: Tensor) -> float:
+    """Share of rows of `cut` whose nearest row of `dense` by cosine is their own."""
+    similarity = F.normalize(cut_ND, dim=-1) @ F.normalize(dense_ND, dim=-1).T
+    return float((similarity.argmax(1) == torch.arange(len(similarity))).float().mean())
+
+
+def neighbour_agreement(cut_ND: Tensor, dense_ND: Tensor) -> float:
+    """Share of rows whose nearest other row is the same in both sets."""
+
+    def nearest(x: Tensor) -> Tensor:
+        similarity = F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).T
+        return similarity.fill_diagonal_(-2).argmax(1)
+
+    return float((nearest(cut_ND) == nearest(dense_ND)).float().mean())
+
+
+class _eval:
+    """Eval mode within a context, then as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modes = [(m, m.training) for m in model.modules()]
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, mode in self.modes:
+            module.training = mode

@@ -1,0 +1,129 @@
+"""Where a model came from: enough to rebuild its skeleton and to feed it images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+_ATTRIBUTE = "secateur_source"
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a model wants its images: resize, centre crop, scale to [0, 1], normalise.
+
+    Attributes:
+        size: height and width in pixels.
+        crop: share of the shorter side that the crop keeps.
+        interpolation: "bicubic", "bilinear", "nearest" or "lanczos".
+        channels: 3, or 1 for greyscale models.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop: float = 0.875
+    interpolation: str = "bicubic"
+    channels: int = 3
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's origin.
+
+    Attributes:
+        library: "timm", "hf", "open_clip" or "module" (the user's own).
+        name: the id or path it was loaded from, or its class.
+        config: the library's own configuration, as JSON-able data.
+        image: how it wants its images.
+        weights: file or tag the weights came from, where the id does not say it.
+    """
+
+    library: str = "module"
+    name: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    image: ImageSpec = field(default_factory=ImageSpec)
+    weights: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Source:
+        image: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["image"].items()}
+        return cls(data["library"], data["name"], data["config"], ImageSpec(**image), data.get("weights"))
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a model says about a batch.
+
+    Attributes:
+        embedding: [B, D], one vector per image: the CLS token after the last norm, or the model's own pooling.
+        patches: [B, N, D], patch tokens or positions of the last feature map; None if the model hides them.
+        logits: [B, C] of a classifier, or None.
+    """
+
+    embedding: Tensor
+    patches: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Library:
+    """What Secateur needs from a model library; one instance per library, see the modules beside this one.
+
+    Attributes:
+        forward: run the part of the model that sees images, for tracing and measuring.
+        features: run it and say what came out.
+    """
+
+    forward: Callable[[nn.Module, Any], Any]
+    features: Callable[[nn.Module, Any], Features]
+
+
+def attach(model: nn.Module, source: Source) -> nn.Module:
+    object.__setattr__(model, _ATTRIBUTE, source)
+    return model
+
+
+def source_of(model: nn.Module) -> Source:
+    """The Source attached at loading; for a module of the user's own, one that says so."""
+    source = getattr(model, _ATTRIBUTE, None)
+    if source is None:
+        from secateur.models.recognise import recognise
+
+        source = recognise(model)
+        attach(model, source)
+    return source
+
+
+def library_of(model: nn.Module) -> Library:
+    """The functions that go with a model's library."""
+    from secateur.models import hf, open_clip, timm, user
+
+    return {"timm": timm, "hf": hf, "open_clip": open_clip, "module": user}[source_of(model).library].LIBRARY
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """Run the image side of a model, whatever its library."""
+    return library_of(model).forward(model, batch)
+
+
+def features(model: nn.Module, batch: Any) -> Features:
+    """Run a model on images and return embedding, patches and logits, whatever its library."""
+    return library_of(model).features(model, batch)
+
+
+def example_input(model: nn.Module, batch: int = 2) -> Tensor:
+    """Random images of the size that a model wants, on its device: [B, C, H, W]."""
+    import torch
+
+    spec = source_of(model).image
+    parameter = next(model.parameters(), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, spec.channels, *spec.size, generator=generator)
+    return images.to(device=parameter.device, dtype=parameter.dtype if parameter.is_floating_point() else None)

@@ -1,0 +1,144 @@
+"""A Plan: which units of which group are kept, of which model, chosen by what, under what budget. Pure data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from secateur.errors import BudgetError, PlanError
+
+VERSION = 1
+
+
+class Budget(BaseModel):
+    """How much may be kept; give one.
+
+    Attributes:
+        params: share of the model's parameters.
+        macs: share of its multiply-accumulates.
+        quality: lowest acceptable fidelity (CLS cosine to the dense model on held-out images).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    params: float | None = None
+    macs: float | None = None
+    quality: float | None = None
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as e:
+            raise BudgetError(f"bad budget {data}: {e.errors()[0]['msg']}") from e
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        given = {
+            k: v for k, v in (("params", self.params), ("macs", self.macs), ("quality", self.quality)) if v is not None
+        }
+        if len(given) != 1:
+            raise ValueError("give exactly one of params, macs and quality")
+        ((name, value),) = given.items()
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, found {value}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        return next(k for k in ("params", "macs", "quality") if getattr(self, k) is not None)
+
+    @property
+    def share(self) -> float:
+        return float(getattr(self, self.kind))
+
+
+class Kept(BaseModel):
+    """What one group keeps.
+
+    Attributes:
+        kind: of the group.
+        size: units in the dense model.
+        keep: indices of the units that stay, ascending.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: str
+    size: Annotated[int, Field(ge=1)]
+    keep: tuple[Annotated[int, Field(ge=0)], ...]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Kept:
+        if not self.keep:
+            raise ValueError("a group must keep at least one unit")
+        if any(b <= a for a, b in zip(self.keep, self.keep[1:], strict=False)) or self.keep[-1] >= self.size:
+            raise ValueError(f"kept units must be ascending, distinct and below {self.size}")
+        return self
+
+
+class Plan(BaseModel):
+    """A complete decision, independent of how it will be applied.
+
+    Attributes:
+        version: of this format.
+        model: name and fingerprint of the dense model.
+        groups: by group name; groups not named stay whole.
+        made_by: criterion, allocator and their settings.
+        budget: what was asked for.
+        predicted: dense and remaining parameters and multiply-accumulates.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: int = VERSION
+    model: dict[str, str] = Field(default_factory=dict)
+    groups: dict[str, Kept] = Field(default_factory=dict)
+    made_by: dict[str, Any] = Field(default_factory=dict)
+    budget: dict[str, float] = Field(default_factory=dict)
+    predicted: dict[str, float] = Field(default_factory=dict)
+
+    def kept(self) -> dict[str, int]:
+        """Units kept, by group."""
+        return {name: len(group.keep) for name, group in self.groups.items()}
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> Plan:
+        """Parse and check.
+
+        Raises:
+            PlanError: not JSON, a newer version, or fields that make no sense.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as e:
+            raise PlanError(f"{where} is not valid JSON ({e}); is the file complete?") from e
+        if not isinstance(data, dict):
+            raise PlanError(f"{where} holds a {type(data).__name__}, expected an object with 'groups'")
+        version = data.get("version", VERSION)
+        if not isinstance(version, int) or version > VERSION:
+            raise PlanError(
+                f"{where} has format version {version}, this Secateur reads up to {VERSION}; upgrade Secateur"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as e:
+            first = e.errors()[0]
+            at = ".".join(str(x) for x in first["loc"])
+            raise PlanError(f"{where} is damaged at '{at}': {first['msg']}") from e
+
+    def save(self, path: str | Path) -> None:
+        from secateur.files import atomic_file
+
+        with atomic_file(Path(path)) as temporary:
+            temporary.write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as e:
+            raise PlanError(f"'{path}' cannot be read as a plan: {e}") from e
+        return cls.from_json(text, f"'{path}'")

@@ -1,0 +1,206 @@
+"""Applying a Plan: compensate, slice, rewrite attributes; the result computes what the masked model computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.anatomy.types import Anatomy, Consumer, PrunableGroup
+from secateur.calibration.statistics import Statistics
+from secateur.errors import DataError, PlanError
+from secateur.fingerprint import fingerprint
+from secateur.nn.attention import HeadwiseAttention
+from secateur.nn.masking import restrict_norm_, silence_
+from secateur.nn.params import get_tensor
+from secateur.nn.reforward import reforward_
+from secateur.nn.slicing import finish_, keep_mask, slice_tensors_
+from secateur.plan import Plan
+from secateur.surgery.compensate import Compensator, compensators
+from secateur.surgery.layer import LayerCut, add_to_bias_, read_weight, write_weight_
+from secateur.surgery.recipe import Recipe
+
+_RECIPE, _PLAN = "secateur_recipe", "secateur_plan"
+
+
+def check_plan(model: nn.Module, plan: Plan, anatomy: Anatomy) -> dict[str, tuple[PrunableGroup, Tensor]]:
+    """The groups that a plan really cuts, with the units that each keeps.
+
+    Raises:
+        PlanError: the plan is for another model, or cuts what cannot be cut.
+    """
+    structure = plan.model.get("structure")
+    mine = fingerprint(model)["structure"]
+    if structure and structure != mine:
+        raise PlanError(
+            f"the plan was made for '{plan.model.get('name', '?')}' (structure {structure}), this model has structure "
+            f"{mine}; plan this model, or load the one the plan was made for"
+        )
+    out = {}
+    for name, kept in plan.groups.items():
+        group = anatomy.groups.get(name)
+        if group is None or group.size != kept.size:
+            found = "no such group" if group is None else f"{group.size} units"
+            raise PlanError(f"the plan keeps {len(kept.keep)} of {kept.size} units of '{name}', the model has {found}")
+        if len(kept.keep) == group.size:
+            continue
+        if not group.cuttable:
+            raise PlanError(f"'{name}' cannot be cut: {group.reason}")
+        out[name] = (group, torch.tensor(kept.keep))
+    return out
+
+
+def tensor_masks(cuts: Mapping[str, tuple[PrunableGroup, Tensor]]) -> dict[str, dict[int, Tensor]]:
+    """For each tensor and axis, which elements stay, over all groups together."""
+    masks: dict[str, dict[int, Tensor]] = {}
+    for group, keep in cuts.values():
+        for slot in group.slots:
+            mine = keep_mask(slot.units, keep, group.size)
+            axes = masks.setdefault(slot.name, {})
+            axes[slot.axis] = axes[slot.axis] & mine if slot.axis in axes else mine
+    return masks
+
+
+def consumer_cuts(
+    cuts: Mapping[str, tuple[PrunableGroup, Tensor]], statistics: Statistics | None, ridge: float
+) -> list[LayerCut]:
+    """Every consumer layer that loses inputs, with the inputs that stay."""
+    found: dict[str, tuple[Consumer, Tensor]] = {}
+    for group, keep in cuts.values():
+        for consumer in group.consumers:
+            mine = keep_mask(consumer.units, keep, group.size)
+            _, alive = found.get(consumer.module, (consumer, torch.ones_like(mine)))
+            found[consumer.module] = (consumer, alive & mine)
+    layers = {} if statistics is None else statistics.layers
+    return [LayerCut(c, alive, layers.get(path), ridge) for path, (c, alive) in found.items()]
+
+
+@torch.no_grad()
+def prune_(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    anatomy: Anatomy,
+    compensate: str = "affine",
+    statistics: Statistics | None = None,
+    ridge: float = 1e-3,
+    add_bias: bool = True,
+) -> nn.Module:
+    """Cut a model in place by slicing, with a closed-form compensator. See `prune`."""
+    rule: Compensator = compensators.get(compensate)
+    cuts = check_plan(model, plan, anatomy)
+    layers = consumer_cuts(cuts, statistics, ridge)
+    if rule.data and not rule.sequential and statistics is None and cuts:
+        raise DataError(f"compensator '{compensate}' needs statistics; calibrate first, or use compensate='none'")
+    before = _structure(model)
+    added = []
+    for layer in layers:
+        weight = read_weight(model, layer.consumer)
+        if weight.shape[0] != len(layer.alive) or bool(layer.alive.all()):
+            continue  # a grouped convolution reads its inputs apart: sliced as it is
+        weight, shift = rule.refit(layer, weight)
+        write_weight_(model, layer.consumer, weight)
+        name = add_to_bias_(model, layer.consumer, shift, may_add=add_bias)
+        added += [name] if name else []
+    rewritten = {path: dict(heads) for group, _ in cuts.values() for path, heads in group.rewritten}
+    for path, heads in rewritten.items():
+        reforward_(model.get_submodule(path), heads)
+    masks = tensor_masks(cuts)
+    for name in added:  # a new bias follows its layer's outputs
+        axis_masks = masks.get(f"{name.rpartition('.')[0]}.weight", {})
+        consumer = next(x.consumer for x in layers if f"{x.consumer.module}.bias" == name)
+        if 1 - consumer.axis in axis_masks:
+            masks[name] = {0: axis_masks[1 - consumer.axis]}
+    slice_tensors_(model, masks)
+    edits = [(edit, group.size - len(keep)) for group, keep in cuts.values() for edit in group.edits]
+    finish_(model, masks, edits)
+    recipe = _recipe(model, before, masks, rewritten, added)
+    object.__setattr__(model, _RECIPE, recipe)
+    object.__setattr__(model, _PLAN, plan)
+    return model
+
+
+def prune(model: nn.Module, plan: Plan, **options: Any) -> nn.Module:
+    """A new, smaller model; the given one stays as it is. Options as `prune_`.
+
+    Args:
+        model: the dense model.
+        plan: for this model.
+        anatomy: of this model.
+        compensate: a name from `list_compensators()`.
+        statistics: of the dense model, for compensators that use them.
+        ridge: of the regression, relative to the mean diagonal.
+        add_bias: give a consumer without a bias one, where the compensator wants it.
+
+    Raises:
+        PlanError: the plan is for another model.
+        DataError: the compensator needs statistics.
+    """
+    return prune_(copy.deepcopy(model), plan, **options)
+
+
+@torch.no_grad()
+def mask(model: nn.Module, plan: Plan, anatomy: Anatomy) -> nn.Module:
+    """A copy of the dense model in which the units that the plan removes are silent: the reference for `prune`."""
+    out = copy.deepcopy(model)
+    for group, keep in check_plan(model, plan, anatomy).values():
+        for slot in group.slots:
+            if slot.role == "consumer":
+                silence_(out, slot.name, slot.axis, ~keep_mask(slot.units, keep, group.size))
+        if group.norm is not None:
+            consumer = next(s for s in group.slots if s.role == "consumer")
+            restrict_norm_(out.get_submodule(group.norm), keep_mask(consumer.units, keep, group.size))
+    return out
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """What was changed in a model by `prune`; an empty recipe for a dense one."""
+    return getattr(model, _RECIPE, None) or Recipe()
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    return getattr(model, _PLAN, None)
+
+
+def mark_as_cut(model: nn.Module, recipe: Recipe, plan: Plan) -> None:
+    """Remember where a model came from (used by loading)."""
+    object.__setattr__(model, _RECIPE, recipe)
+    object.__setattr__(model, _PLAN, plan)
+
+
+def _structure(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Every size attribute of every module."""
+    return {path: {k: v for k, v in vars(m).items() if _is_size(k, v)} for path, m in model.named_modules()}
+
+
+def _is_size(name: str, value: Any) -> bool:
+    if name.startswith("_") or isinstance(value, bool):
+        return False
+    if isinstance(value, int):
+        return True
+    return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, int) for v in value)
+
+
+def _recipe(
+    model: nn.Module,
+    before: dict[str, dict[str, Any]],
+    masks: Mapping[str, Any],
+    rewritten: dict[str, dict[str, int]],
+    added: list[str],
+) -> Recipe:
+    changed = [
+        (path, name, list(value) if isinstance(value, (tuple, list)) else value)
+        for path, attributes in _structure(model).items()
+        for name, value in attributes.items()
+        if before[path].get(name) != value
+    ]
+    return Recipe(
+        shapes={name: list(get_tensor(model, name).shape) for name in masks},
+        attributes=changed,
+        headwise=[p for p, m in model.named_modules() if type(m) is HeadwiseAttention],
+        rewritten=list(rewritten.items()),
+        biases=added,
+    )

@@ -1,0 +1,92 @@
+"""What a cut changed in a model's structure, as data: enough to rebuild the small skeleton without tracing anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from secateur.errors import ArtifactError
+from secateur.nn.attention import HeadwiseAttention
+from secateur.nn.params import get_tensor, owner_of, set_tensor, sync_attributes
+from secateur.nn.reforward import reforward_
+
+
+class Recipe(BaseModel):
+    """Structural changes, in terms of the dense skeleton.
+
+    Attributes:
+        shapes: new shape of every parameter and buffer that changed.
+        attributes: [module, attribute, value] of every size attribute that changed.
+        headwise: modules of class nn.MultiheadAttention that became HeadwiseAttention.
+        rewritten: modules whose reshapes were freed of the input width, with their dense head counts.
+        biases: names of biases that were added.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    shapes: dict[str, list[int]] = Field(default_factory=dict)
+    attributes: list[tuple[str, str, int | list[int]]] = Field(default_factory=list)
+    headwise: list[str] = Field(default_factory=list)
+    rewritten: list[tuple[str, dict[str, int]]] = Field(default_factory=list)
+    biases: list[str] = Field(default_factory=list)
+
+    @classmethod
+    def from_data(cls, data: Any, where: str) -> Recipe:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as e:
+            first = e.errors()[0]
+            at = ".".join(str(x) for x in first["loc"])
+            raise ArtifactError(f"{where} is damaged at '{at}': {first['msg']}") from e
+
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Give a dense skeleton the cut structure, in place; weights are left to be loaded.
+
+        Raises:
+            ArtifactError: the skeleton is not the one this recipe was written for.
+        """
+        try:
+            for path, heads in self.rewritten:
+                if not reforward_(model.get_submodule(path), dict(heads)):
+                    raise ArtifactError(
+                        f"'{path}' cannot be rewritten; was its library upgraded since the model was cut?"
+                    )
+            for path, attribute, value in self.attributes:
+                module = model.get_submodule(path)
+                _check_sizes(path, attribute, getattr(module, attribute))
+                old = getattr(module, attribute)
+                setattr(module, attribute, type(old)(value) if isinstance(value, list) else value)
+            for path in self.headwise:
+                attention = model.get_submodule(path)
+                if type(attention) is not nn.MultiheadAttention:
+                    raise ArtifactError(f"'{path}' is a {type(attention).__name__}, expected nn.MultiheadAttention")
+                attention.__class__ = HeadwiseAttention
+            for name, shape in self.shapes.items():
+                old = get_tensor(model, name)
+                set_tensor(model, name, old.new_zeros(shape))
+            for name in self.biases:
+                module, leaf = owner_of(model, name)
+                weight = get_tensor(model, f"{name.rpartition('.')[0]}.weight")
+                width = self.shapes.get(name, [self._outputs(module, weight.shape)])
+                module.register_parameter(leaf, nn.Parameter(weight.new_zeros(width)))
+            for path in dict.fromkeys(name.rpartition(".")[0] for name in self.shapes):
+                sync_attributes(model.get_submodule(path))
+        except (AttributeError, KeyError) as e:
+            raise ArtifactError(f"the skeleton does not fit this model ({e}); was its library upgraded?") from e
+        return model
+
+    @staticmethod
+    def _outputs(module: nn.Module, shape: Any) -> int:
+        from secateur.nn.params import conv1d_like
+
+        if getattr(module, "transposed", False):
+            return shape[1] * module.groups
+        return shape[1] if conv1d_like(module) else shape[0]
+
+
+def _check_sizes(path: str, attribute: str, old: Any) -> None:
+    """Only sizes may be set: integers, or lists of them."""
+    plain = isinstance(old, int) or (isinstance(old, (list, tuple)) and all(isinstance(v, int) for v in old))
+    if attribute.startswith("_") or isinstance(old, bool) or not plain:
+        raise ArtifactError(f"refusing to set '{path}.{attribute}': it is not a size")

@@ -1,0 +1,287 @@
+"""Refitting a cut model front to back, each layer on what the layers before it now really deliver.
+
+A layer that writes into the residual stream gives S = R + L * (W h + b), with R the stream before it and L a LayerScale
+(or 1). In the cut model R and h differ from the dense ones, so W and b are refit by regression of
+    y* = y + (S_dense - S_cut) / L
+on the cut model's own h: the layer makes up for what was lost before it, not only for its own units. Layers that do not
+write into the stream are refit to the dense model's output of that layer. Positions count by how much an error there
+moves the model's features (`LayerSums.position_weights`).
+
+The regression is pulled towards the weight it starts from (the affine fold) by a ridge. Blocks already passed are
+answered from disk (`secateur.replay`), so each block runs about three times in all, whatever the depth.
+
+Shapes: B images, P positions, N inputs of a layer, D outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.anatomy.types import Anatomy, Consumer
+from secateur.calibration.collect import rows
+from secateur.calibration.statistics import Statistics
+from secateur.data import Batches
+from secateur.models import forward
+from secateur.nn.attention import explicit_attention
+from secateur.nn.params import get_tensor, owner_of
+from secateur.progress import track
+from secateur.replay import Prefix, Spool, Stop, grabbed
+from secateur.surgery.layer import add_to_bias_, read_weight, write_weight_
+
+
+@dataclass
+class _Target:
+    """A layer to refit.
+
+    Attributes:
+        consumer: in the dense model.
+        stage: blocks that are finished before it runs.
+        inside: its residual point lies in the same stage.
+    """
+
+    consumer: Consumer
+    stage: int
+    inside: bool
+
+
+@torch.no_grad()
+def refit_(
+    small: nn.Module,
+    dense: nn.Module,
+    anatomy: Anatomy,
+    data: Batches,
+    *,
+    statistics: Statistics | None = None,
+    ridge: float = 1e-3,
+    power: float = 0.5,
+    add_bias: bool = True,
+) -> list[str]:
+    """Refit, in place and in order of execution, every layer of a cut model that can be.
+
+    Args:
+        small: the cut model.
+        dense: the model it was cut from.
+        anatomy: of the dense model.
+        data: images, read several times.
+        statistics: of the dense model, for the weights of positions.
+        ridge: relative to the mean diagonal of the layer's second moment.
+        power: exponent of the gradient energy in a position's weight.
+        add_bias: give layers without a bias one.
+
+    Returns:
+        Names of biases that were added.
+    """
+    with explicit_attention(dense), explicit_attention(small):
+        first = next(iter(data))
+        prefixes = {"dense": Prefix(dense, anatomy.blocks, forward), "cut": Prefix(small, anatomy.blocks, forward)}
+        checked = [prefix.check(first) for prefix in prefixes.values()]
+        for prefix in prefixes.values():
+            prefix.sound = all(checked)
+        runner = _Runner(prefixes, Spool(), data)
+        targets = _targets(dense, anatomy, first)
+        stages = sorted({t.stage for t in targets})
+        added: list[str] = []
+        for stage in track(range(max(stages, default=-1) + 1), "Refitting blocks"):
+            here = [t for t in targets if t.stage == stage]
+            runner.keep_dense(stage, here)
+            for target in here:
+                added += _refit_layer(small, target, runner, statistics, ridge, power, add_bias)
+            runner.advance("cut", stage)
+        return added
+
+
+def _targets(dense: nn.Module, anatomy: Anatomy, batch: Any) -> list[_Target]:
+    """Layers that can be refit (linear or 1x1), with the stage at which each runs."""
+    layers = {c.module: c for g in anatomy.cuttable.values() for c in g.consumers}
+    layers = {p: c for p, c in layers.items() if read_weight(dense, c).shape[2] == 1}
+    watched = set(layers) | {c.residual.module for c in layers.values() if c.residual} | set(anatomy.blocks)
+    sequence: list[tuple[str, str]] = []
+    handles = []
+    for path in watched:
+        module = dense.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(lambda _m, _a, p=path: sequence.append((p, "in"))))
+        handles.append(module.register_forward_hook(lambda _m, _a, _o, p=path: sequence.append((p, "out"))))
+    try:
+        forward(dense, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    done = 0
+    finished: dict[tuple[str, str], int] = {}
+    for event in sequence:
+        finished.setdefault(event, done)
+        done += event in {(b, "out") for b in anatomy.blocks}
+    out = []
+    for event in dict.fromkeys(sequence):
+        path, side = event
+        if path in layers and side == "in":
+            residual = layers[path].residual
+            inside = residual is not None and finished.get((residual.module, residual.side)) == finished[event]
+            out.append(_Target(layers[path], finished[event], inside))
+    return out
+
+
+class _Runner:
+    """Runs both models from the middle, batch by batch, and keeps what the next stage needs on disk."""
+
+    def __init__(self, prefixes: dict[str, Prefix], spool: Spool, data: Batches) -> None:
+        self.prefixes, self.spool, self.data = prefixes, spool, data
+
+    def batches(self) -> Iterator[tuple[int, Tensor]]:
+        device = next(self.prefixes["dense"].model.parameters()).device
+        for i, batch in enumerate(self.data):
+            yield i, batch.to(device)
+
+    def run(
+        self, which: str, stage: int, index: int, batch: Tensor, points: list[tuple], *, keep: bool
+    ) -> list[Tensor]:
+        """Run one model from a stage and return what is seen at the points, in their order.
+
+        Args:
+            points: (path, "in" or "out", index of the tensor); the forward ends at the last one that is reached.
+            keep: run to the end of the stage's block and store its output.
+        """
+        prefix = self.prefixes[which]
+        at = stage if prefix.sound else 0
+        value = self.spool.get((which, index)) if at else None
+        found: list[list[Tensor]] = [[] for _ in points]
+        with ExitStack() as stack:
+            stack.enter_context(prefix.resumed(at, value))
+            for point, into in zip(points, found, strict=True):
+                last = not keep and point is points[-1]
+                path, side, which_tensor = point
+                module = prefix.model.get_submodule(path)
+                stack.enter_context(grabbed(module, side, which_tensor, into, stop=last))
+            if keep:
+                handle = prefix.model.get_submodule(prefix.blocks[stage]).register_forward_hook(
+                    lambda _m, _a, out: self._store((which, index), out)
+                )
+                stack.callback(handle.remove)
+            stack.enter_context(suppress(Stop))
+            prefix.forward(prefix.model, batch)
+        return [tensors[0] for tensors in found]
+
+    def _store(self, key: tuple, out: Any) -> None:
+        self.spool.put(key, out)
+        raise Stop
+
+    def keep_dense(self, stage: int, targets: list[_Target]) -> None:
+        """One pass of the dense model over a stage: store its targets, and its output for the next stage."""
+        points = [_point(t) for t in targets]
+        keep = self._storable(stage)
+        if not points and not keep:
+            return
+        for index, batch in self.batches():
+            for target, seen in zip(targets, self.run("dense", stage, index, batch, points, keep=keep), strict=True):
+                self.spool.put((target.consumer.module, index), seen)
+
+    def advance(self, which: str, stage: int) -> None:
+        """Store the output of a stage's block, all its layers being settled."""
+        if self._storable(stage):
+            for index, batch in self.batches():
+                self.run(which, stage, index, batch, [], keep=True)
+
+    def _storable(self, stage: int) -> bool:
+        return self.prefixes["dense"].sound and stage < len(self.prefixes["dense"].blocks)
+
+
+def _point(target: _Target) -> tuple[str, str, int]:
+    """Where the dense model shows what the layer should lead to: the stream after it, or its own output."""
+    residual = target.consumer.residual
+    if target.inside and residual is not None:
+        return residual.module, residual.side, residual.index
+    return target.consumer.module, "out", 0
+
+
+def _refit_layer(
+    small: nn.Module,
+    target: _Target,
+    runner: _Runner,
+    statistics: Statistics | None,
+    ridge: float,
+    power: float,
+    add_bias: bool,
+) -> list[str]:
+    consumer, path = target.consumer, target.consumer.module
+    scale = _scale(small, target)
+    start_ND = read_weight(small, consumer)[:, :, 0]
+    module, _ = owner_of(small, consumer.weight)
+    constant = isinstance(getattr(module, "bias", None), Tensor) or add_bias
+    energy = None
+    if statistics is not None and path in statistics.layers:
+        energy = statistics.layers[path].position_weights(power)
+    moments = _Moments(start_ND.shape[0], start_ND.shape[1])
+    points = [(path, "in", 0), (path, "out", 0), _point(target)]
+    for index, batch in runner.batches():
+        h, y, seen = runner.run("cut", target.stage, index, batch, points, keep=False)
+        goal = runner.spool.get((path, index))
+        images = batch.shape[0]
+        h_BPN, y_BPD = rows(h, consumer, images), rows(y, consumer, images)
+        if target.inside:
+            gap_BPD = rows(_as_output(goal - seen, target), consumer, images) / scale
+        else:
+            gap_BPD = rows(goal, consumer, images) - y_BPD
+        weights = energy if energy is not None and len(energy) == h_BPN.shape[1] else None
+        moments.add(h_BPN, gap_BPD, weights)
+        runner.spool.drop((path, index))
+    step_ND, shift_D = moments.solve(ridge, constant)
+    write_weight_(small, consumer, (start_ND + step_ND)[:, :, None])
+    name = add_to_bias_(small, consumer, shift_D, may_add=add_bias)
+    return [name] if name else []
+
+
+def _scale(model: nn.Module, target: _Target) -> Tensor | float:
+    """[D]: by what the layer's output is multiplied before it meets the stream; near-zero entries are left alone."""
+    residual = target.consumer.residual
+    if not target.inside or residual is None or not residual.scales:
+        return 1.0
+    scale = torch.ones(())
+    for name in residual.scales:
+        scale = scale * get_tensor(model, name).detach().flatten()
+    floor = 1e-3 * scale.abs().max()
+    return torch.where(scale.abs() < floor, torch.full_like(scale, float("inf")), scale)
+
+
+def _as_output(stream: Tensor, target: _Target) -> Tensor:
+    """The stream's axes in the order of the layer's output."""
+    order = target.consumer.residual.order  # type: ignore[union-attr]
+    return stream.permute([order.index(i) for i in range(len(order))])
+
+
+class _Moments:
+    """Weighted sums for the regression of a gap [.., D] on inputs [.., N] and a constant."""
+
+    def __init__(self, n: int, d: int) -> None:
+        self.moment = torch.zeros(n + 1, n + 1)
+        self.cross = torch.zeros(n + 1, d)
+
+    def add(self, h_BPN: Tensor, gap_BPD: Tensor, weights_P: Tensor | None) -> None:
+        ones = torch.ones_like(h_BPN[..., :1])
+        x = torch.cat([h_BPN, ones], -1).float()
+        wx = x if weights_P is None else x * weights_P.to(x)[None, :, None]
+        x, wx, gap = x.flatten(0, 1), wx.flatten(0, 1), gap_BPD.flatten(0, 1).float()
+        self.moment += (wx.T @ x).cpu()
+        self.cross += (wx.T @ gap).cpu()
+
+    def solve(self, ridge: float, constant: bool) -> tuple[Tensor, Tensor]:
+        """Step of the weight [N, D] and of the bias [D], float64."""
+        moment, cross = self.moment.double(), self.cross.double()
+        n = len(moment) - 1
+        if not constant:
+            moment, cross = moment[:n, :n], cross[:n]
+        scale = moment.diagonal()[:n].mean().clamp_min(1e-12)
+        penalty = torch.full((len(moment),), float(ridge * scale), dtype=torch.double)
+        if constant:
+            penalty[n] = 1e-9 * moment[n, n]
+        factor, failed = torch.linalg.cholesky_ex(moment + penalty.diag())
+        if failed:
+            penalty[:n] += 1e-3 * scale
+            factor = torch.linalg.cholesky(moment + penalty.diag())
+        step = torch.cholesky_solve(cross, factor)
+        return step[:n], step[n] if constant else torch.zeros(cross.shape[1], dtype=torch.double)
