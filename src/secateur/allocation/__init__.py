@@ -68,8 +68,9 @@ def allocate(
         problem = Problem(chosen, anatomy, kind, share * dense, floor, align, uniform_width, options, model, data)
         counts = rule.allocate(problem)
         groups = {
-            n: Kept(kind=str(anatomy.groups[n].kind), size=anatomy.groups[n].size, keep=best_units(chosen.values[n], k))
-            for n, k in counts.items()
+            name: Kept(kind=str(group.kind), size=group.size, keep=best_units(chosen.values[name], counts[name]))
+            for name, group in anatomy.groups.items()
+            if name in counts
         }
         made_by = {
             "criterion": scores.meta.get("criterion"),

@@ -23,7 +23,7 @@ def repeated_blocks(trace: Trace, model: nn.Module) -> dict[str, list[str]]:
             call = calls.get(child_path)
             if call is None or not call.first or not any(True for _ in child.parameters()):
                 continue
-            same = [trace.space.find(d) for d in call.first] == [trace.space.find(d) for d in call.out_axes]
+            same = [trace.space.find(d) for d in call.first] == [trace.space.find(d) for d in call.result]
             if same and next(child.children(), None) is not None:
                 alike.setdefault(type(child), []).append(child_path)
         best = max(alike.values(), key=len, default=[])

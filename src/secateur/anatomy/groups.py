@@ -233,7 +233,7 @@ class Builder:
 
     def _encloses(self, path: str, leaf: Dim) -> bool:
         call = self.called.get(path)
-        return call is not None and not any(self.space.contains(d, leaf) for d in (*call.first, *call.out_axes))
+        return call is not None and not any(self.space.contains(d, leaf) for d in (*call.first, *call.result))
 
     def _consumers(self, leaf: Leaf) -> list[Consumer]:
         out = []
@@ -265,13 +265,18 @@ class Builder:
     def _residual(self, event: Contraction) -> Residual | None:
         if event.residual is None or event.branch is None or event.branch.order is None:
             return None
-        node = self.trace.skips[event.residual].node
-        seen = [
-            Residual(call.path, side, nodes.index(node), event.branch.scales, event.branch.order)
-            for call in self.trace.calls
-            for side, nodes in (("in", call.ins), ("out", call.outs))
-            if node in nodes and call.path
-        ]
+        skip, branch = self.trace.skips[event.residual], event.branch
+        plain = branch.order == tuple(range(len(branch.order or ())))
+        wanted = [x for d in skip.axes for x in self.space.leaves(d)]
+        seen = []
+        for call in self.trace.calls:
+            for side, nodes, axes in (("in", call.ins, call.in_axes), ("out", call.outs, call.out_axes)):
+                if skip.node in nodes and call.path:
+                    index = nodes.index(skip.node)
+                    # The same tensor, or the same rows regrouped: [B, H * W, C] seen as [B, H, W, C].
+                    same = [x for d in axes[index] for x in self.space.leaves(d)] == wanted
+                    if same and (plain or len(axes[index]) == len(skip.axes)):
+                        seen.append(Residual(call.path, side, index, branch.scales, branch.order or ()))
         here = event.module.split(".")
         return max(seen, key=lambda r: _common(r.module.split("."), here), default=None)
 

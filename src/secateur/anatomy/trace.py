@@ -106,16 +106,26 @@ class ModuleCall:
 
     Attributes:
         ins: nodes of the tensor arguments, the first positional ones first.
-        first: axes of the first tensor argument.
+        in_axes: their axes.
         outs: nodes of the tensors returned.
-        out_axes: axes of the first tensor returned.
+        out_axes: their axes.
     """
 
     path: str
     ins: tuple[int, ...]
-    first: tuple[Dim, ...]
+    in_axes: tuple[tuple[Dim, ...], ...]
     outs: tuple[int, ...] = ()
-    out_axes: tuple[Dim, ...] = ()
+    out_axes: tuple[tuple[Dim, ...], ...] = ()
+
+    @property
+    def first(self) -> tuple[Dim, ...]:
+        """Axes of the first tensor argument."""
+        return self.in_axes[0] if self.in_axes else ()
+
+    @property
+    def result(self) -> tuple[Dim, ...]:
+        """Axes of the first tensor returned."""
+        return self.out_axes[0] if self.out_axes else ()
 
 
 @dataclass
@@ -192,7 +202,7 @@ class Tracer(TorchDispatchMode):
     def enter(self, path: str, args: Any) -> ModuleCall:
         self.stack.append(path)
         infos = [self.info[t] for t in tensors_in(args) if t in self.info]
-        call = ModuleCall(path, tuple(i.node for i in infos), infos[0].axes if infos else ())
+        call = ModuleCall(path, tuple(i.node for i in infos), tuple(i.axes for i in infos))
         self.trace.calls.append(call)
         return call
 
@@ -200,7 +210,7 @@ class Tracer(TorchDispatchMode):
         self.stack.pop()
         tensors = [t for t in tensors_in(out) if t in self.info]
         call.outs = tuple(self.info[t].node for t in tensors)
-        call.out_axes = self.info[tensors[0]].axes if tensors else ()
+        call.out_axes = tuple(self.info[t].axes for t in tensors)
         for tensor in tensors:
             info = self.info[tensor]
             branch = info.branch

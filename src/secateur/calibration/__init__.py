@@ -143,7 +143,7 @@ def _one_batch(
     for k, (name, loss) in enumerate(plain.items()):
         collector.phase = name
         value = loss(LossInput(seen, labels, None, seed))
-        torch.autograd.grad(value, images, retain_graph=k + 1 < len(plain))
+        value.backward(retain_graph=k + 1 < len(plain))  # only the images and the hooks see it: weights are frozen
     teacher = Features(*(None if t is None else t.detach() for t in (seen.embedding, seen.patches, seen.logits)))  # type: ignore[arg-type]
     for name, loss in usable.items():
         if loss.sliver:
@@ -159,7 +159,7 @@ def _sliver_step(
     with sliver_cut(model, anatomy):
         student = features(model, images)
         collector.phase = name
-        torch.autograd.grad(loss(replace(given, features=student)), images)
+        loss(replace(given, features=student)).backward()
 
 
 def _check(embedding: Tensor) -> None:

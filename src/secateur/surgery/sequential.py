@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from secateur.nn.attention import explicit_attention
 from secateur.nn.params import get_tensor, owner_of
 from secateur.progress import track
 from secateur.replay import Prefix, Spool, Stop, grabbed
+from secateur.surgery.cut import check_plan, plan_of, tensor_masks
 from secateur.surgery.layer import add_to_bias_, read_weight, write_weight_
 
 
@@ -43,11 +44,13 @@ class _Target:
         consumer: in the dense model.
         stage: blocks that are finished before it runs.
         inside: its residual point lies in the same stage.
+        outputs: bool [D], the dense layer's outputs that the cut layer still has; None for all.
     """
 
     consumer: Consumer
     stage: int
     inside: bool
+    outputs: Tensor | None = None
 
 
 @torch.no_grad()
@@ -84,7 +87,12 @@ def refit_(
         for prefix in prefixes.values():
             prefix.sound = all(checked)
         runner = _Runner(prefixes, Spool(), data)
-        targets = _targets(dense, anatomy, first)
+        plan = plan_of(small)
+        masks = {} if plan is None else tensor_masks(check_plan(dense, plan, anatomy))
+        targets = [
+            replace(t, outputs=masks.get(t.consumer.weight, {}).get(1 - t.consumer.axis))
+            for t in _targets(dense, anatomy, first)
+        ]
         stages = sorted({t.stage for t in targets})
         added: list[str] = []
         for stage in track(range(max(stages, default=-1) + 1), "Refitting blocks"):
@@ -226,7 +234,8 @@ def _refit_layer(
         if target.inside:
             gap_BPD = rows(_as_output(goal - seen, target), consumer, images) / scale
         else:
-            gap_BPD = rows(goal, consumer, images) - y_BPD
+            goal_BPD = rows(goal, consumer, images)
+            gap_BPD = (goal_BPD if target.outputs is None else goal_BPD[..., target.outputs]) - y_BPD
         weights = energy if energy is not None and len(energy) == h_BPN.shape[1] else None
         moments.add(h_BPN, gap_BPD, weights)
         runner.spool.drop((path, index))
@@ -251,6 +260,8 @@ def _scale(model: nn.Module, target: _Target) -> Tensor | float:
 def _as_output(stream: Tensor, target: _Target) -> Tensor:
     """The stream's axes in the order of the layer's output."""
     order = target.consumer.residual.order  # type: ignore[union-attr]
+    if order == tuple(range(len(order))):
+        return stream
     return stream.permute([order.index(i) for i in range(len(order))])
 
 

@@ -1,0 +1,60 @@
+"""AMP's search: the cached one decides as the naive one does, with far less work."""
+
+import pytest
+import torch
+
+import secateur as sc
+from secateur.allocation.amp_bisect import Search
+from secateur.allocation.base import Problem
+
+
+@pytest.fixture(scope="module")
+def setting():
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "depth": 6, "num_classes": 0, "init_values": 1.0}
+    model = sc.load_model("timm/vit_tiny_patch16_224", pretrained=False, **shape)
+    anatomy = sc.inspect(model)
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    statistics = sc.calibrate(model, images, anatomy, loss="entropy")
+    return model, anatomy, sc.batches(images, sc.source_of(model).image, size=8), sc.score(statistics, "amp")
+
+
+def problem_of(setting, **options):
+    model, anatomy, data, scores = setting
+    return Problem(scores, anatomy, "params", float("inf"), floor=0.1, align=8, options=options, model=model, data=data)
+
+
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-4])
+def test_cached_search_returns_the_naive_widths_with_less_work(setting, tolerance):
+    problem = problem_of(setting)
+    naive, cached = Search.of(problem, cached=False), Search.of(problem, cached=True)
+    a, b = naive.run(problem, tolerance, 4), cached.run(problem, tolerance, 4)
+    assert a == b
+    assert any(a[g.name] < g.size for g in problem.groups)
+    assert cached.block_runs < 0.65 * naive.block_runs
+
+
+def test_larger_tolerance_cuts_more(setting):
+    problem = problem_of(setting)
+    search = Search.of(problem)
+    few, many = (sum(search.run(problem, t, 4).values()) for t in (1e-2, 1e-7))
+    assert few <= many
+
+
+def test_the_model_is_untouched(setting):
+    model = setting[0]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    Search.of(problem_of(setting)).run(problem_of(setting), 1e-4, 3)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_through_allocate_with_a_budget(setting):
+    model, anatomy, data, scores = setting
+    plan = sc.allocate(scores, 0.7, "amp-bisect", anatomy=anatomy, model=model, data=data, steps=3, rounds=4)
+    assert plan.predicted["params"] <= 0.7 * plan.predicted["dense_params"]
+
+
+def test_needs_model_and_images(setting):
+    with pytest.raises(sc.SecateurError, match="measures the model: give allocate"):
+        sc.allocate(setting[3], 0.7, "amp-bisect")
