@@ -35,3 +35,7 @@ class ArtifactError(SecateurError):
 
 class RegistryError(SecateurError):
     """A name is not registered, or is registered twice."""
+
+
+class SecateurWarning(UserWarning):
+    """Something a user should know that does not stop the work; the command line prints it as a note."""

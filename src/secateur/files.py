@@ -1,43 +1,47 @@
-"""Writing files and folders so that a crash, a full disk or Ctrl-C never leaves half of one."""
+"""Writing files and folders so that a crash, a full disk or Ctrl-C never leaves half of one.
+
+Everything is written under a temporary name beside its place, `.NAME.writing.XXXXXXXX`, and takes the place in one
+step. A killed process leaves at most such a dot-name; the next write to the same place removes those that are older
+than an hour.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from secateur.errors import ArtifactError
 
+STALE_SECONDS = 3600.0
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the place of `path` only if the block ends well.
+    """Yield a temporary path; the file there takes the place of `path` only if the block ends well.
 
     Raises:
         ArtifactError: the place cannot be written, or the disk is full.
     """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+    place = _place(path)
+    if place.is_dir():
+        raise ArtifactError(f"'{path}' is a folder; give the name of a file")
+    with _workshop(path, place) as folder:
+        temporary = folder / place.name
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the umask's; a library may put a file of its own in its place
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except Exception as e:
-        if _is_os_error(e):
-            raise _explain(e, path) from e
-        raise
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.chmod(mode)
+        _sync(temporary)
+        temporary.replace(place)
 
 
 @contextmanager
@@ -49,47 +53,132 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: the place cannot be written, holds something else, or the disk is full.
     """
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / "secateur.json").is_file())):
-        raise ArtifactError(f"'{path}' exists and was not written by Secateur; give another folder or remove it")
-    temporary: Path | None = None
+    place = _place(path)
+    with _workshop(path, place) as folder:
+        _check_free(path)
+        yield folder
+        for file in folder.iterdir():
+            file.chmod(folder.stat().st_mode & 0o666)
+            _sync(file)
+        _sync(folder)
+        _swap(folder, place)
+
+
+@contextmanager
+def _workshop(path: Path, place: Path) -> Iterator[Path]:
+    """A folder beside a place, gone at the end; what the system refuses meanwhile is explained."""
+    folder = _beside(place)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / "x")
-            temporary.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        sweep(place)
+        folder.mkdir()
+        yield folder
+        _sync(place.parent)
     except Exception as e:
-        if _is_os_error(e):
-            raise _explain(e, path) from e
+        _explain(e, path)
         raise
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
+def check_writable(path: Path) -> None:
+    """Find out before hours of work whether a folder can be written at `path`; nothing is left there.
+
+    Raises:
+        ArtifactError: it cannot, or something else is there.
+    """
+    try:
+        _check_free(path)
+        parent = _place(path).parent
+        while not parent.exists():
+            parent = parent.parent
+        probe = _beside(parent / _place(path).name)
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as e:
+        _explain(e, path)
+        raise
 
 
-def _is_os_error(error: Exception) -> bool:
-    """safetensors reports a full disk as its own error type, with the system's words inside."""
-    return isinstance(error, OSError) or (
-        type(error).__name__ == "SafetensorError" and "os error" in str(error).lower()
-    )
+def sweep(place: Path) -> None:
+    """Remove what killed processes left beside a place more than an hour ago."""
+    for left in place.parent.glob(f".{_escaped(place.name)}.writing.*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left)
 
 
-def _explain(error: Exception, path: Path) -> ArtifactError:
-    code = getattr(error, "errno", None)
-    if code == errno.ENOSPC or "os error 28" in str(error):
-        return ArtifactError(f"the disk is full while writing '{path}'; nothing was left there; free some space")
+def _place(path: Path) -> Path:
+    """The real place, links followed, with a name even for '.'."""
+    return Path(os.path.realpath(path))
+
+
+def _beside(place: Path) -> Path:
+    return place.with_name(f".{place.name}.writing.{secrets.token_hex(4)}")
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _check_free(path: Path) -> None:
+    if path.is_dir() and ((path / "secateur.json").is_file() or not any(path.iterdir())):
+        return
+    if path.exists() or path.is_symlink():
+        raise ArtifactError(f"'{path}' exists and was not written by Secateur; give another folder or remove it")
+
+
+def _swap(new: Path, place: Path) -> None:
+    """Put a folder in its place; an older one there is under the new one's name afterwards."""
+    if not place.exists():
+        new.rename(place)
+    elif not _exchange(new, place):
+        old = _beside(place)
+        place.rename(old)
+        try:
+            new.rename(place)
+        except BaseException:
+            old.rename(place)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step, where the system can (Linux): no moment without either."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold it, so that a power cut cannot leave an empty file under a final name."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _explain(error: Exception, path: Path) -> None:
+    """Raise an ArtifactError for what the system refused; any other error is left to be raised as it is."""
+    text, code = str(error), getattr(error, "errno", None)
+    if type(error).__name__ == "SafetensorError":  # it wraps the system's error in words
+        found = re.search(r"os error (\d+)", text)
+        if found is None:
+            return
+        code = int(found[1])
+    elif not isinstance(error, OSError):
+        return
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise ArtifactError(
+            f"the disk is full while writing '{path}'; nothing was left there; free some space"
+        ) from error
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ArtifactError(f"no permission to write '{path}'; give a folder of your own")
-    return ArtifactError(f"could not write '{path}': {error}")
+        raise ArtifactError(f"no permission to write '{path}'; give a folder of your own") from error
+    if code in (errno.ENOTDIR, errno.EEXIST):
+        raise ArtifactError(f"'{path}' cannot be made, a file is in the way: {text}; give another place") from error
+    raise ArtifactError(f"could not write '{path}': {text}; give another place") from error
