@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic_core import from_json
 
 from secateur.errors import BudgetError, PlanError
 
@@ -20,6 +21,9 @@ class Budget(BaseModel):
         params: share of the model's parameters.
         macs: share of its multiply-accumulates.
         quality: lowest acceptable fidelity (CLS cosine to the dense model on held-out images).
+
+    Raises:
+        BudgetError: none or several are given, or one is not a share.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,18 +35,18 @@ class Budget(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as e:
-            raise BudgetError(f"bad budget {data}: {e.errors()[0]['msg']}") from e
+            given = ", ".join(f"{k}={v!r}" for k, v in data.items() if v is not None) or "nothing"
+            raise BudgetError(f"bad budget ({given}): {_first(e)}") from e
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
-        given = {
-            k: v for k, v in (("params", self.params), ("macs", self.macs), ("quality", self.quality)) if v is not None
-        }
+        given = {k: v for k in ("params", "macs", "quality") if (v := getattr(self, k)) is not None}
         if len(given) != 1:
-            raise ValueError("give exactly one of params, macs and quality")
+            raise ValueError("give exactly one of params, macs and quality, for example params=0.75")
         ((name, value),) = given.items()
         if not 0 < value <= 1:
-            raise ValueError(f"{name} must be above 0 and at most 1, found {value}")
+            hint = f"; for {value:g} percent give {value / 100:g}" if 1 < value <= 100 else ""
+            raise ValueError(f"{name} is the share to keep, above 0 and at most 1{hint}")
         return self
 
     @property
@@ -84,7 +88,7 @@ class Plan(BaseModel):
         version: of this format.
         model: name and fingerprint of the dense model.
         groups: by group name; groups not named stay whole.
-        made_by: criterion, allocator and their settings.
+        made_by: criterion, allocator and their settings, JSON-able.
         budget: what was asked for.
         predicted: dense and remaining parameters and multiply-accumulates.
     """
@@ -94,8 +98,17 @@ class Plan(BaseModel):
     model: dict[str, str] = Field(default_factory=dict)
     groups: dict[str, Kept] = Field(default_factory=dict)
     made_by: dict[str, Any] = Field(default_factory=dict)
-    budget: dict[str, float] = Field(default_factory=dict)
-    predicted: dict[str, float] = Field(default_factory=dict)
+    budget: dict[str, FiniteFloat] = Field(default_factory=dict)
+    predicted: dict[str, FiniteFloat] = Field(default_factory=dict)
+
+    @field_validator("made_by")
+    @classmethod
+    def _jsonable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except TypeError as e:
+            raise ValueError(str(e)) from e
+        return value
 
     def kept(self) -> dict[str, int]:
         """Units kept, by group."""
@@ -112,33 +125,53 @@ class Plan(BaseModel):
             PlanError: not JSON, a newer version, or fields that make no sense.
         """
         try:
-            data = json.loads(text)
-        except ValueError as e:
+            data = from_json(text, allow_inf_nan=False)
+        except (ValueError, TypeError) as e:  # TypeError: text that is no Unicode
             raise PlanError(f"{where} is not valid JSON ({e}); is the file complete?") from e
         if not isinstance(data, dict):
             raise PlanError(f"{where} holds a {type(data).__name__}, expected an object with 'groups'")
         version = data.get("version", VERSION)
-        if not isinstance(version, int) or version > VERSION:
+        if type(version) is not int or version < 1:
+            raise PlanError(f"{where} has no format version that makes sense; was it written by Secateur?")
+        if version > VERSION:
             raise PlanError(
                 f"{where} has format version {version}, this Secateur reads up to {VERSION}; upgrade Secateur"
             )
         try:
-            return cls.model_validate(data)
+            return cls.model_validate_json(text, strict=True)
         except ValidationError as e:
-            first = e.errors()[0]
-            at = ".".join(str(x) for x in first["loc"])
-            raise PlanError(f"{where} is damaged at '{at}': {first['msg']}") from e
+            raise PlanError(f"{where} is damaged {_first(e)}; make the plan again") from e
 
     def save(self, path: str | Path) -> None:
+        """Write JSON; the file appears whole or not at all.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
         from secateur.files import atomic_file
 
         with atomic_file(Path(path)) as temporary:
-            temporary.write_text(self.to_json())
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            PlanError: the file is missing, unreadable, damaged or of a newer version.
+        """
         try:
-            text = Path(path).read_text()
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as e:
+            raise PlanError(f"'{path}' does not exist; write a plan with `secateur plan`") from e
         except (OSError, UnicodeDecodeError) as e:
             raise PlanError(f"'{path}' cannot be read as a plan: {e}") from e
         return cls.from_json(text, f"'{path}'")
+
+
+def _first(error: ValidationError) -> str:
+    """The first complaint, in plain words, with its place."""
+    first = error.errors()[0]
+    at = ".".join(str(x) for x in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"at '{at}': {message}" if at else message

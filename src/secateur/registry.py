@@ -33,10 +33,15 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """Look a name up; an unknown one answers with the closest match and the whole list."""
+        """Look a name up.
+
+        Raises:
+            RegistryError: unknown; the answer is the closest match and the whole list.
+        """
+        name = str(name)
         if name in self._items:
             return self._items[name]
-        close = difflib.get_close_matches(name, self._items, n=1)
+        close = difflib.get_close_matches(name.lower(), self._items, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise RegistryError(f"unknown {self.kind} '{name}'.{hint} Available: {', '.join(sorted(self._items))}")
 
