@@ -1,165 +1,132 @@
-"""Image files to batches: what cannot be read is skipped, counted and named.
+"""Images to pixels to tensors, and where the files are.
 
-Shapes: B batch, C channels, H height, W width.
+Shapes: C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from secateur.errors import DataError
 from secateur.models.source import ImageSpec
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"})
+_JPEG, _NETPBM = (".jpg", ".jpeg", ".jpe", ".jfif"), (".ppm", ".pgm", ".pbm", ".pnm")
+SUFFIXES = frozenset((*_JPEG, ".png", ".apng", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jp2", *_NETPBM))
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "nearest": Image.Resampling.NEAREST,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_THIN = 8  # a picture that would be resized to more than so many crops in a row is cut to that first
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB: 16-bit scaled, CMYK and palettes converted, the first frame of an animation."""
-    image = ImageOps.exif_transpose(image)
+    """Any PIL image as 8-bit RGB: turned as its EXIF data say, 16-bit and floating-point values scaled, CMYK and
+    palettes converted, transparency dropped, the first frame of an animation."""
+    with suppress(Exception):  # broken EXIF data: the pixels are fine
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float32)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
-        image = Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8))
-    return (
-        image
-        if image.mode == "RGB"
-        else image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
-    )
+        image = Image.fromarray(_to_bytes(np.asarray(image, dtype=np.float32)))
+    if image.mode == "RGB":
+        return image
+    return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
 
 
-def to_tensor(image: Image.Image, spec: ImageSpec) -> Tensor:
-    """Resize the shorter side, crop the centre, scale to [0, 1], normalise: float32 [C, H, W]."""
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """Values of 16 or 32 bits as 8: what they span (1, 255, 65535 or more) is read off the largest."""
+    values = np.nan_to_num(values, posinf=0.0, neginf=0.0).clip(min=0)
+    largest = float(values.max(initial=0))
+    top = next((t for t in (1.0, 255.0, 65535.0) if largest <= t), largest)
+    return (values * (255.0 / top)).round().astype(np.uint8)
+
+
+def to_crop(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Resize the shorter side and crop the centre: uint8 [H, W, C]."""
     image = to_rgb(image)
     if spec.channels == 1:
         image = image.convert("L")
     height, width = spec.size
+    image = _shortened(image, height, width)
     scale = max(height / image.height, width / image.width) / spec.crop
     resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     image = image.resize(resized, _RESAMPLING.get(spec.interpolation, Image.Resampling.BICUBIC))
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    image = image.crop((left, top, left + width, top + height))
-    x = torch.from_numpy(np.array(image, dtype=np.float32) / 255.0)
-    x = x[:, :, None] if x.dim() == 2 else x
+    pixels = np.array(image.crop((left, top, left + width, top + height)))
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def to_tensor(crop: np.ndarray, spec: ImageSpec) -> Tensor:
+    """Scale a crop to [0, 1] and normalise it: float32 [C, H, W]."""
+    x = torch.from_numpy(crop.astype(np.float32) / 255.0)
     mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
     return ((x - mean) / std).permute(2, 0, 1).contiguous()
 
 
-@dataclass
-class Batches:
-    """A fixed list of images, read in order, in batches; iterate as often as you like.
-
-    Attributes:
-        items: paths, PIL images or tensors [C, H, W], in the order in which they are read.
-        spec: how to make tensors of them.
-        size: images per batch.
-        labels: class of every item, where known.
-        skipped: name and reason of every item that could not be read, filled while reading.
-        broken: largest share of unreadable items to put up with.
-        rank, world: this process takes batches rank, rank + world, ...
-    """
-
-    items: Sequence[Any]
-    spec: ImageSpec
-    size: int = 16
-    labels: Sequence[int] | None = None
-    skipped: dict[str, str] = field(default_factory=dict)
-    broken: float = 0.1
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        if not len(self.items):
-            raise DataError("no images were given; expected a folder, a list of files, a dataset or tensors")
-
-    def __len__(self) -> int:
-        return len(range(self.rank, -(-len(self.items) // self.size), self.world))
-
-    def shard(self, rank: int, world: int) -> Batches:
-        """The same batches, only every `world`-th of them."""
-        return Batches(self.items, self.spec, self.size, self.labels, self.skipped, self.broken, rank, world)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for images, _ in self.labelled():
-            yield images
-
-    def labelled(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Batches [B, C, H, W] with their labels [B]; unreadable items are left out of both."""
-        chunks = [range(i, min(i + self.size, len(self.items))) for i in range(0, len(self.items), self.size)]
-        mine = chunks[self.rank :: self.world]
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            ahead = [pool.submit(self._read_many, c) for c in mine[:2]]
-            for n in range(len(mine)):
-                if n + 2 < len(mine):
-                    ahead.append(pool.submit(self._read_many, mine[n + 2]))
-                indices, tensors = ahead.pop(0).result()
-                self._check_share()
-                if tensors:
-                    labels = None if self.labels is None else torch.tensor([self.labels[i] for i in indices])
-                    yield torch.stack(tensors), labels
-
-    def _read_many(self, indices: Iterable[int]) -> tuple[list[int], list[Tensor]]:
-        read = [(i, t) for i in indices if (t := self._read(i)) is not None]
-        return [i for i, _ in read], [t for _, t in read]
-
-    def _read(self, index: int) -> Tensor | None:
-        item = self.items[index]
-        if isinstance(item, Tensor):
-            return item
-        name = str(item) if isinstance(item, (str, Path)) else f"image {index}"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow warns about odd EXIF data; the pixels are fine
-                if isinstance(item, Image.Image):
-                    return to_tensor(item, self.spec)
-                with Image.open(item) as image:
-                    return to_tensor(image, self.spec)
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as e:
-            self.skipped[name] = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
-            return None
-
-    def _check_share(self) -> None:
-        share = len(self.skipped) / len(self.items)
-        if share > self.broken or len(self.skipped) == len(self.items):
-            names = ", ".join(list(self.skipped)[:3])
-            raise DataError(
-                f"{len(self.skipped)} of {len(self.items)} images cannot be read (at most {self.broken:.0%} may fail): "
-                f"{names}, ...; remove them or raise --broken"
-            )
+def _shortened(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle of a very long or very tall picture, so that resizing one pixel row does not fill the memory."""
+    longest = (
+        _THIN * max(1, round(image.height * width / height)),
+        _THIN * max(1, round(image.width * height / width)),
+    )
+    size = (min(image.width, longest[0]), min(image.height, longest[1]))
+    if size == image.size:
+        return image
+    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+    return image.crop((left, top, left + size[0], top + size[1]))
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files under a folder, sorted, by suffix.
+    """Image files under a folder, sorted, by suffix; links are followed, names that begin with a dot passed over.
 
     Raises:
         DataError: the folder is missing, unreadable or holds none.
     """
-    if not folder.exists():
-        raise DataError(f"'{folder}' does not exist; give a folder of images")
-    if folder.is_file():
-        return [folder]
     try:
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if folder.is_file():
+            return [folder]
+        if not folder.is_dir():
+            raise DataError(f"'{folder}' does not exist; give a folder of images")
+        files = sorted(p for p in _walk(folder) if p.suffix.lower() in SUFFIXES)
     except OSError as e:
-        raise DataError(f"'{folder}' cannot be read: {e}") from e
+        raise DataError(f"'{e.filename or folder}' cannot be read ({e.strerror or e}); mend its permissions") from e
     if not files:
-        raise DataError(f"'{folder}' holds no images ({', '.join(sorted(SUFFIXES))})")
+        raise DataError(f"'{folder}' holds no images (files ending in {', '.join(sorted(SUFFIXES))})")
     return files
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Every file below a folder, each folder once, however links go round."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen: set[tuple[int, int]] = set()
+    found: list[Path] = []
+    for path, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        here = Path(path)
+        mark = here.stat()
+        if (mark.st_dev, mark.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((mark.st_dev, mark.st_ino))
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found += [here / f for f in files if not f.startswith(".")]
+    return found
+
+
+def classes_of(folder: Path, files: list[Path]) -> list[str]:
+    """Class names of a folder whose images all lie in two or more subfolders, one a class; empty otherwise."""
+    parts = [file.relative_to(folder).parts for file in files] if folder.is_dir() else []
+    names = sorted({p[0] for p in parts if len(p) > 1})
+    return names if len(names) > 1 and all(len(p) > 1 for p in parts) else []
 
 
 def labelled_folder(folder: Path) -> tuple[list[Path], list[int], list[str]]:
@@ -168,12 +135,14 @@ def labelled_folder(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     Raises:
         DataError: there are no such subfolders.
     """
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    files, labels = [], []
-    for index, name in enumerate(classes):
-        for file in sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES):
-            files.append(file)
-            labels.append(index)
-    if len(set(labels)) < 2:
-        raise DataError(f"'{folder}' needs at least two subfolders with images, one a class; found {len(set(labels))}")
-    return files, labels, classes
+    files = find_images(folder)
+    names = classes_of(folder, files)
+    if not names:
+        raise DataError(f"'{folder}' needs at least two subfolders, one a class, and all its images in them")
+    return files, labels_of(folder, files, names), names
+
+
+def labels_of(folder: Path, files: list[Path], names: list[str]) -> list[int]:
+    """The class of every file: its topmost subfolder."""
+    index = {name: i for i, name in enumerate(names)}
+    return [index[file.relative_to(folder).parts[0]] for file in files]
