@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import inspect
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from secateur._compat import ensure_torchvision
-from secateur.errors import SourceError
+from secateur.errors import SecateurWarning, SourceError
+from secateur.models.hub import NO_HUB, library_call, reason
 from secateur.models.source import Features, ImageSpec, Library, Source, attach
+
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # as Pillow numbers them
 
 
 def _transformers():
@@ -17,89 +24,199 @@ def _transformers():
     try:
         import transformers
     except ImportError as e:
-        raise SourceError("transformers is not installed: pip install 'secateur[hf]'") from e
+        raise SourceError(f"transformers cannot be imported ({e}): pip install 'secateur[hf]'") from e
     return transformers
 
 
 def load(name: str, *, pretrained: bool = True, weights: str | None = None, **kwargs: Any) -> nn.Module:
     """A transformers model by hub id or local folder, in the class that its config names.
 
+    Only safetensors are read, and no code that comes with a model is run.
+
     Args:
+        name: hub id or folder.
         pretrained: False builds it from its config with random weights.
         weights: not used by transformers; pass a folder instead.
+        kwargs: entries of the config to change (`num_labels`), or of `from_pretrained` (`dtype`, `revision`).
+
+    Raises:
+        SourceError: the model cannot be found or opened, or is of no known class.
     """
     transformers = _transformers()
     if weights is not None:
-        raise SourceError("transformers models take no weights file; pass a folder with config.json and safetensors")
+        raise SourceError("transformers models take no weights file; give a folder with config.json and safetensors")
+    if "img_size" in kwargs:
+        raise SourceError("the image size of a transformers model is that of its config and cannot be chosen")
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **kwargs)
-        cls = model_class(config)
-        model = cls.from_pretrained(name, config=config, use_safetensors=True) if pretrained else cls(config)
+        with library_call(), _quiet(transformers):
+            config, rest = transformers.AutoConfig.from_pretrained(
+                name, return_unused_kwargs=True, trust_remote_code=False, **kwargs
+            )
+            rest.pop("trust_remote_code", None)
+            model = _pretrained(config, name, rest) if pretrained else model_class(config)(config)
+            spec = _image_spec(config, name) if reads_images(model) else ImageSpec()
+    except SourceError:
+        raise
     except Exception as e:
         raise SourceError(
-            f"could not load '{name}' with transformers ({type(e).__name__}: {str(e).splitlines()[0][:160]}); where no "
-            "hub is reachable, pass a local folder with config.json and model.safetensors"
+            f"could not load '{name}' with transformers ({reason(e)}); {NO_HUB} with config.json and model.safetensors"
         ) from e
-    return attach(model.eval(), _source(model, name))
+    return attach(model.eval(), _source(model, name, spec))
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No reports, which `load` gives itself in one line, and no bars where nobody looks."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    if not sys.stderr.isatty():
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _pretrained(config: Any, name: str, options: dict[str, Any]) -> Any:
+    cls = model_class(config)
+    options |= {"config": config, "use_safetensors": True, "output_loading_info": True}
+    model, info = cls.from_pretrained(name, **options)
+    missing = sorted(info["missing_keys"])
+    takes_pooling = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+    if missing and takes_pooling and all("pooler." in key for key in missing):
+        # The checkpoint has no pooler: better none than a random one, whose output would pass for the embedding.
+        model, info = cls.from_pretrained(name, add_pooling_layer=False, **options)
+        missing = sorted(info["missing_keys"])
+    if missing:
+        warnings.warn(
+            f"'{name}' lacks {len(missing)} weights of {cls.__name__}, first '{missing[0]}': they were set at random",
+            SecateurWarning,
+            stacklevel=4,
+        )
+    return model
 
 
 def model_class(config: Any) -> Any:
-    """The class a config names as its architecture, else the base model of its type."""
+    """The class a config names as its architecture, else the base model of its type.
+
+    Raises:
+        SourceError: there is none.
+    """
     transformers = _transformers()
     for name in getattr(config, "architectures", None) or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
+    if type(config) not in transformers.MODEL_MAPPING:
+        raise SourceError(f"transformers has no model class for a config of type '{config.model_type}'")
     return transformers.MODEL_MAPPING[type(config)]
 
 
-def _source(model: Any, name: str) -> Source:
-    config = model.config
-    data = config.to_dict()
+def _source(model: Any, name: str, image: ImageSpec) -> Source:
+    data = model.config.to_dict()
     data["architectures"] = [type(model).__name__]
-    return Source("hf", name, data, _image_spec(config, name))
+    if attention := getattr(model.config, "_attn_implementation", None):
+        data["attn_implementation"] = attention  # results differ in the last bits from one to another
+    if hasattr(model, "pooler") and model.pooler is None:
+        data["add_pooling_layer"] = False
+    return Source("hf", name, data, image)
 
 
 def _image_spec(config: Any, name: str) -> ImageSpec:
-    """Size from the config; mean, std and crop from the processor's file where there is one."""
+    """Size from the config; mean, standard deviation and crop from the image processor's file where there is one."""
     vision = getattr(config, "vision_config", None) or config
-    size = getattr(vision, "image_size", None) or 224
-    if isinstance(size, dict):
-        size = (size.get("height", 224), size.get("width", 224))
-    size = (size, size) if isinstance(size, int) else tuple(size)[:2]
+    size = _pair(getattr(vision, "image_size", None) or 224)
     channels = getattr(vision, "num_channels", 3)
-    mean, std, crop = (0.5,) * channels, (0.5,) * channels, 1.0
-    file = Path(name) / "preprocessor_config.json"
-    if file.is_file():
-        import json
+    data = _processor(name)
+    mean, std = data.get("image_mean") or 0.5, data.get("image_std") or 0.5
+    if data.get("do_normalize") is False:
+        mean, std = 0.0, 1.0
+    resize, crop = data.get("size"), 1.0
+    shortest = resize.get("shortest_edge") if isinstance(resize, dict) else None
+    if data.get("crop_size") and data.get("do_center_crop", True):
+        size = _pair(data["crop_size"])
+    if shortest:
+        crop = min(1.0, min(size) / shortest)
+    return ImageSpec(
+        size,
+        _per_channel(mean, channels),
+        _per_channel(std, channels),
+        crop,
+        _RESAMPLE.get(data.get("resample", 3), "bicubic"),
+        channels,
+    )
 
-        data = json.loads(file.read_text())
-        mean, std = tuple(data.get("image_mean", mean)), tuple(data.get("image_std", std))
-        shortest = (data.get("size") or {}).get("shortest_edge") if isinstance(data.get("size"), dict) else None
-        crop = min(1.0, size[0] / shortest) if shortest else 1.0
-        crop_size = data.get("crop_size")
-        if isinstance(crop_size, dict) and "height" in crop_size and data.get("do_center_crop", True):
-            size = (crop_size["height"], crop_size["width"])
-            crop = min(1.0, size[0] / shortest) if shortest else 1.0
-    return ImageSpec(size, mean, std, crop, "bicubic", channels)
+
+def _processor(name: str) -> dict[str, Any]:
+    """The image processor's settings; empty where there are none or they cannot be had."""
+    from transformers.models.auto.image_processing_auto import get_image_processor_config
+
+    found: dict[str, Any] = {}
+    if name:
+        with suppress(Exception):
+            found = get_image_processor_config(name)
+        if not found:
+            warnings.warn(
+                f"'{name}' has no preprocessor_config.json: images are scaled to mean 0.5 and deviation 0.5",
+                SecateurWarning,
+                stacklevel=2,
+            )
+    return found
 
 
-def recognise(model: nn.Module) -> Source | None:
+def _pair(size: Any) -> tuple[int, int]:
+    if isinstance(size, dict):
+        side = size.get("shortest_edge") or 224
+        return int(size.get("height") or side), int(size.get("width") or side)
+    return (int(size), int(size)) if isinstance(size, (int, float)) else (int(size[0]), int(size[1]))
+
+
+def _per_channel(value: Any, channels: int) -> tuple[float, ...]:
+    return tuple(map(float, value)) if isinstance(value, (list, tuple)) else (float(value),) * channels
+
+
+def recognise(model: Any) -> Source | None:
     """The Source of a transformers model made elsewhere."""
     if not type(model).__module__.startswith("transformers.") or not hasattr(model, "config"):
         return None
-    return _source(model, getattr(model, "name_or_path", "") or type(model).__name__)
+    name = getattr(model, "name_or_path", "")
+    with library_call():
+        return _source(model, name or type(model).__name__, _image_spec(model.config, name))
 
 
 def build(source: Source) -> nn.Module:
-    """The dense skeleton, with random weights."""
+    """The dense skeleton, with random weights.
+
+    Raises:
+        SourceError: the installed transformers does not know the model.
+    """
     transformers = _transformers()
     data = dict(source.config)
-    config = transformers.CONFIG_MAPPING[data["model_type"]].from_dict(data)
-    return model_class(config)(config)
+    attention, pooling = data.pop("attn_implementation", None), data.pop("add_pooling_layer", True)
+    try:
+        config = transformers.CONFIG_MAPPING[data["model_type"]].from_dict(data)
+        config._attn_implementation = attention
+        return model_class(config)(config, **({} if pooling else {"add_pooling_layer": False}))
+    except SourceError:
+        raise
+    except Exception as e:
+        raise SourceError(
+            f"transformers could not build a model of type '{data.get('model_type')}' ({reason(e)}); is it up to date?"
+        ) from e
 
 
-def forward(model: Any, batch: Tensor) -> Any:
-    """The vision tower of a CLIP-like model, else the whole model."""
+def reads_images(model: Any) -> bool:
+    """Whether there is an image side to feed."""
+    return hasattr(model, "get_image_features") or getattr(model, "main_input_name", "") == "pixel_values"
+
+
+def forward(model: Any, batch: Any) -> Any:
+    """The vision tower of a CLIP-like model, else the whole model; a dict is passed by its names."""
+    if isinstance(batch, dict):
+        return model(**batch)
     if hasattr(model, "get_image_features"):
         return model.get_image_features(pixel_values=batch)
     return model(**{getattr(model, "main_input_name", "pixel_values"): batch})

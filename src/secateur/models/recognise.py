@@ -19,27 +19,30 @@ FORMS = (
 
 def recognise(model: nn.Module) -> Source:
     """The Source of a module that was not loaded through Secateur."""
-    from secateur.models import hf, timm
+    from secateur.models import hf, open_clip, timm
 
-    return timm.recognise(model) or hf.recognise(model) or Source("module", type(model).__name__)
+    found = timm.recognise(model) or hf.recognise(model) or open_clip.recognise(model)
+    return found or Source("module", type(model).__name__)
 
 
 def folder_library(folder: Path) -> str:
-    """Which library saved a folder, read from its config: "timm", "hf", "open_clip" or "secateur".
+    """Which library saved a folder, read from its config: "timm", "hf" or "open_clip".
 
     Raises:
         SourceError: the folder holds none of their configs, or a damaged one.
     """
     if (folder / "secateur.json").is_file():
-        return "secateur"
+        raise SourceError(f"'{folder}' was written by Secateur: open it with secateur.load or load_model")
     if (folder / "open_clip_config.json").is_file():
         return "open_clip"
     file = folder / "config.json"
     if file.is_file():
         try:
-            data: dict[str, Any] = json.loads(file.read_text())
-        except ValueError as e:
-            raise SourceError(f"{file} is not valid JSON ({e}); fetch it again") from e
+            data: Any = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as e:
+            raise SourceError(f"'{file}' is not valid JSON ({e}); copy it again") from e
+        if not isinstance(data, dict):
+            raise SourceError(f"'{file}' holds a {type(data).__name__}, expected an object; copy it again")
         if "architecture" in data:
             return "timm"
         if "model_type" in data:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.errors import SourceError
+
 _ATTRIBUTE = "secateur_source"
 
 
@@ -53,8 +55,14 @@ class Source:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Source:
-        image: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["image"].items()}
-        return cls(data["library"], data["name"], data["config"], ImageSpec(**image), data.get("weights"))
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: fields are missing or of another type.
+        """
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(cls).validate_python(data)
 
 
 @dataclass(frozen=True)
@@ -109,19 +117,37 @@ def library_of(model: nn.Module) -> Library:
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """Run the image side of a model, whatever its library."""
-    return library_of(model).forward(model, batch)
+    """Run the image side of a model, whatever its library; images follow the model's floating-point type."""
+    return library_of(model).forward(model, _as_wanted(model, batch))
 
 
 def features(model: nn.Module, batch: Any) -> Features:
     """Run a model on images and return embedding, patches and logits, whatever its library."""
-    return library_of(model).features(model, batch)
+    return library_of(model).features(model, _as_wanted(model, batch))
+
+
+def _as_wanted(model: nn.Module, batch: Any) -> Any:
+    if not isinstance(batch, Tensor) or not batch.is_floating_point():
+        return batch
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), batch.dtype)
+    return batch.to(dtype)
 
 
 def example_input(model: nn.Module, batch: int = 2) -> Tensor:
-    """Random images of the size that a model wants, on its device: [B, C, H, W]."""
+    """Random images of the size that a model wants, on its device: [B, C, H, W].
+
+    Raises:
+        SourceError: the model reads something else.
+    """
     import torch
 
+    from secateur.models import hf
+
+    if library_of(model) is hf.LIBRARY and not hf.reads_images(model):
+        raise SourceError(
+            f"{type(model).__name__} reads {getattr(model, 'main_input_name', 'something else')}, not images: "
+            "give an example input, inspect(model, example=...)"
+        )
     spec = source_of(model).image
     parameter = next(model.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)

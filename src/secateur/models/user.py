@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from secateur.errors import SourceError
-from secateur.models.source import Features, Library, Source
+from secateur.models.source import Features, ImageSpec, Library, Source, attach, source_of
 from secateur.nn.trees import tensors_in
+
+
+def take(model: nn.Module, *, image: ImageSpec | None = None) -> nn.Module:
+    """A module as it is.
+
+    Args:
+        image: how it wants its images; by default what its library says, or 224 x 224 in the colours of ImageNet.
+    """
+    source = source_of(model)
+    return model if image is None else attach(model, replace(source, image=image))
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
