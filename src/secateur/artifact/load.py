@@ -3,16 +3,16 @@ from safetensors."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from secateur.artifact.save import FORMAT, sha256
-from secateur.errors import ArtifactError
-from secateur.models import Source, attach, build, open_source
-from secateur.nn.params import get_tensor, owner_of
+from secateur.artifact.about import NAME, About
+from secateur.errors import AnatomyError, ArtifactError, SourceError
+from secateur.models import attach, build, open_source
+from secateur.nn.params import owner_of
 from secateur.plan import Plan
 from secateur.surgery import Recipe, mark_as_cut
 
@@ -22,29 +22,31 @@ def load(folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         folder: written by `save`.
-        model: a freshly built dense skeleton, for models that are not from a library.
+        model: a freshly built dense model, for models that no library can rebuild; it is cut and filled in place.
 
     Raises:
         ArtifactError: the folder is missing, damaged, or does not fit the installed library.
         SourceError: the skeleton cannot be built (library missing, or a module of your own that was not given).
     """
     folder = Path(folder)
-    about = read_about(folder)
-    try:
-        source = Source.from_dict(about["source"])
-    except (KeyError, TypeError) as e:
-        raise ArtifactError(f"'{folder / 'secateur.json'}' does not say where the model came from ({e})") from e
-    recipe = Recipe.from_data(about.get("recipe", {}), f"'{folder / 'secateur.json'}'")
-    tensors = _read_weights(folder, about)
+    about = About.read(folder)
+    recipe = Recipe.from_data(about.recipe, f"'{folder / NAME}'")
+    plan = Plan.load(about.check(folder, "plan.json")) if "plan.json" in about.sha256 else None
+    tensors = _read_weights(about.check(folder, "model.safetensors"))
+    _check_names(recipe, tensors, about.tied, folder)
     if model is None:
-        model = build(source)
+        model = build(about.source)
     else:
-        attach(model, source)
-    recipe.apply_(model.eval())
-    _fill_(model, tensors, about.get("tied", {}), folder)
-    plan_file = folder / "plan.json"
-    plan = Plan.load(plan_file) if plan_file.is_file() else Plan()
-    mark_as_cut(model, recipe, plan)
+        attach(model, about.source)
+    try:
+        recipe.apply_(model.eval())
+    except (AnatomyError, RuntimeError, ValueError, TypeError, ArithmeticError, IndexError) as e:
+        raise ArtifactError(f"'{folder}' does not fit the skeleton ({e}); was its library upgraded?") from e
+    _fill_(model, tensors, about.tied, folder)
+    for name, dtype in about.buffers.items():
+        _retype_(model, name, dtype)
+    if plan is not None:
+        mark_as_cut(model, recipe, plan)
     return model
 
 
@@ -54,77 +56,85 @@ def load_model(spec: str | Path | nn.Module, **options: Any) -> nn.Module:
     Args:
         spec: what to load; an `nn.Module` is taken as it is.
         options: `pretrained=False` for random weights, `weights=FILE` for a local checkpoint, and whatever the library
-            takes (`img_size=...` for timm).
+            takes (`img_size=...` for timm); `image=ImageSpec(...)` for a module of your own.
 
     Raises:
         SourceError: the form is unknown, or the model cannot be had.
+        ArtifactError: a folder that Secateur wrote is damaged.
     """
-    if not isinstance(spec, nn.Module) and (Path(spec) / "secateur.json").is_file():
-        return load(spec, **options)
+    if isinstance(spec, (str, Path)) and (Path(spec) / NAME).is_file():
+        if options:
+            raise SourceError(f"'{spec}' was written by Secateur and takes no {', '.join(options)}; leave it out")
+        return load(spec)
     return open_source(spec, **options)
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """The contents of secateur.json, checked.
-
-    Raises:
-        ArtifactError: missing, not JSON, or of a newer format.
-    """
-    file = folder / "secateur.json"
-    if not file.is_file():
-        raise ArtifactError(f"'{folder}' holds no secateur.json; give a folder that `secateur` wrote")
-    try:
-        about = json.loads(file.read_text())
-    except (ValueError, UnicodeDecodeError) as e:
-        raise ArtifactError(f"'{file}' is not valid JSON ({e}); copy the folder again") from e
-    if not isinstance(about, dict) or not isinstance(about.get("format"), int):
-        raise ArtifactError(f"'{file}' has no format number; it was not written by Secateur")
-    if about["format"] > FORMAT:
-        raise ArtifactError(f"'{file}' has format {about['format']}, this Secateur reads up to {FORMAT}; upgrade it")
-    return about
-
-
-def _read_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
+def _read_weights(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = folder / "model.safetensors"
-    expected = about.get("sha256", {}).get("model.safetensors")
-    if not file.is_file():
-        raise ArtifactError(f"'{file}' is missing; copy the folder again")
-    if expected and sha256(file) != expected:
-        raise ArtifactError(
-            f"'{file}' is damaged or truncated (its sha256 is not the one in secateur.json); copy it again"
-        )
     try:
         return load_file(file)
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, ValueError) as e:
         raise ArtifactError(f"'{file}' is not readable ({e}); copy the folder again") from e
+
+
+def _check_names(recipe: Recipe, tensors: dict[str, Tensor], tied: dict[str, str], folder: Path) -> None:
+    """What the two files say about each other must agree before anything is built to their word."""
+    for name, first in tied.items():
+        if name in tensors or first not in tensors:
+            raise ArtifactError(f"'{folder / NAME}' ties '{name}' to '{first}', which the weights do not bear out")
+    for name, shape in recipe.shapes.items():
+        saved = tensors.get(tied.get(name, name))
+        if saved is None or list(saved.shape) != shape:
+            found = "no such tensor" if saved is None else f"{list(saved.shape)}"
+            raise ArtifactError(f"'{folder}' says that '{name}' is {shape}, its weights hold {found}; copy it again")
+    if missing := [name for name in recipe.biases if tied.get(name, name) not in tensors]:
+        raise ArtifactError(f"'{folder}' lacks the weights of '{missing[0]}'; copy it again")
 
 
 def _fill_(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str], folder: Path) -> None:
     """Put tensors into a skeleton of the same structure, bit by bit."""
-    expected = set(model.state_dict())
-    given = set(tensors) | set(tied)
-    if missing := sorted(expected - given):
-        raise ArtifactError(f"'{folder}' lacks {len(missing)} tensors of the model, first '{missing[0]}'")
-    values = tensors | {name: tensors[first] for name, first in tied.items() if first in tensors}
-    for name, value in values.items():
-        try:
-            old = get_tensor(model, name)
-        except Exception as e:
-            raise ArtifactError(f"'{folder}' has a tensor '{name}' that the model does not know") from e
-        if old.shape != value.shape:
+    if missing := sorted(set(model.state_dict()) - set(tensors) - set(tied)):
+        raise ArtifactError(
+            f"'{folder}' lacks {len(missing)} tensors of the model, first '{missing[0]}'; was the library upgraded "
+            "since it was saved?"
+        )
+    made: dict[str, Tensor] = {}
+    for name in [*tensors, *tied]:
+        holder, leaf = _holder(model, name, folder)
+        value, old = tensors[tied.get(name, name)], holder[leaf]
+        if old is None or old.shape != value.shape:
+            found = "nothing" if old is None else list(old.shape)
             raise ArtifactError(
-                f"'{name}' is {list(value.shape)} in '{folder}' and {list(old.shape)} in the skeleton; was the library "
-                "upgraded since the model was saved?"
+                f"'{name}' is {list(value.shape)} in '{folder}' and {found} in the skeleton; was the library upgraded "
+                "since it was saved?"
             )
-        module, leaf = owner_of(model, name)
-        if leaf in module._buffers:
-            module._buffers[leaf] = value
+        if name in tied and tied[name] in made:
+            holder[leaf] = made[tied[name]]
+        elif isinstance(old, nn.Parameter):
+            holder[leaf] = nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point())
         else:
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=value.is_floating_point())
-    for name, first in tied.items():
+            holder[leaf] = value
+        made[name] = holder[leaf]
+
+
+def _holder(model: nn.Module, name: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """The dict of parameters or buffers that holds a name."""
+    try:
         module, leaf = owner_of(model, name)
-        holder = module._buffers if leaf in module._buffers else module._parameters
-        holder[leaf] = get_tensor(model, first)  # type: ignore[assignment]
+        return next((d, leaf) for d in (module._parameters, module._buffers) if leaf in d)
+    except (AttributeError, StopIteration) as e:
+        raise ArtifactError(
+            f"'{folder}' has a tensor '{name}' that the model does not know; was the library upgraded?"
+        ) from e
+
+
+def _retype_(model: nn.Module, name: str, dtype: str) -> None:
+    """Give a computed buffer the floating-point type that it had."""
+    try:
+        module, leaf = owner_of(model, name)
+        buffer, wanted = module._buffers[leaf], getattr(torch, dtype)
+        module._buffers[leaf] = buffer if buffer is None else buffer.to(wanted)
+    except (AttributeError, KeyError, TypeError) as e:
+        raise ArtifactError(f"the model has no buffer '{name}' of type '{dtype}'; was its library upgraded?") from e
