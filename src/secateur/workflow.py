@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-import shutil
-from collections.abc import Callable, Sequence
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from secateur import __version__
-from secateur.allocation import Budget, allocate, allocators
+from secateur.allocation import Budget, Problem, allocate, allocators
+from secateur.allocation.base import check_reachable
 from secateur.anatomy import Anatomy
 from secateur.api import calibrate, inspect, prune
 from secateur.artifact import load_model, save
 from secateur.calibration import Statistics
 from secateur.criteria import Scores, criteria, score
 from secateur.data import Batches, batches
-from secateur.errors import ArtifactError, BudgetError, SecateurError
+from secateur.errors import AnatomyError, BudgetError, DataError, SecateurError, SecateurWarning
 from secateur.evaluation import Fidelity, fidelity
-from secateur.files import atomic_file
+from secateur.files import check_writable
 from secateur.fingerprint import fingerprint
 from secateur.measurement import Timing, latency, macs, parameters
 from secateur.models import source_of
 from secateur.plan import Plan
+from secateur.steps import Steps, mark_of_images
 from secateur.surgery import compensators, recipe_of
 
 
@@ -63,7 +63,8 @@ class Settings:
         given = {k: v for k, v in given.items() if v is not None}
         if len(given) != 1:
             raise BudgetError(
-                "give exactly one of keep_params, keep_macs and min_quality, for example keep_params=0.75"
+                "give exactly one of keep_params, keep_macs and min_quality, for example keep_params=0.75 "
+                "(--keep-params 0.75)"
             )
         return Budget(**given)
 
@@ -75,19 +76,23 @@ class Result:
     Attributes:
         model: the small model.
         plan: which units were kept.
-        fidelity: to the dense model, on images not used for calibration.
+        fidelity: to the dense model.
+        held_out: whether that was measured on images not used for calibration.
         table: rows of (quantity, dense, cut, ratio).
         timings: latency of both models.
         skipped: images that could not be read, with the reason.
+        reused: steps taken up from an interrupted run.
         settings: as asked.
     """
 
     model: nn.Module
     plan: Plan
-    fidelity: Fidelity | None
+    fidelity: Fidelity
+    held_out: bool
     table: list[tuple[str, float, float, float]]
     timings: dict[str, Timing] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    reused: list[str] = field(default_factory=list)
     settings: Settings = field(default_factory=Settings)
 
     def figures(self) -> dict[str, Any]:
@@ -96,7 +101,7 @@ class Result:
             "secateur": __version__,
             "settings": asdict(self.settings),
             "table": [{"quantity": q, "dense": d, "cut": c, "ratio": r} for q, d, c, r in self.table],
-            "fidelity": None if self.fidelity is None else self.fidelity.to_dict(),
+            "fidelity": {**self.fidelity.to_dict(), "held_out": self.held_out},
             "timings": {k: asdict(v) for k, v in self.timings.items()},
             "skipped": self.skipped,
         }
@@ -119,8 +124,8 @@ def compress(
     Args:
         model: anything `load_model` takes.
         images: unlabeled images, anything `batches` takes; a part is held out for evaluation.
-        out: folder to save to.
-        resume: take up finished steps of an interrupted run with the same settings (needs `out`).
+        out: folder to save to; finished steps are kept in `<out>.work` beside it until it is there.
+        resume: take up the finished steps of an interrupted run that this run shares (needs `out`).
         measure: time both models.
         model_options: passed to `load_model`.
         settings:
@@ -138,7 +143,7 @@ def compress(
     try:
         wanted = Settings(**settings)
     except TypeError as e:
-        raise SecateurError(f"unknown setting: {e}; see help(secateur.compress)") from e
+        raise SecateurError(f"unknown setting ({e}); see help(secateur.compress)") from e
     budget = wanted.budget()
     for registry, name in (
         (criteria, wanted.criterion),
@@ -146,15 +151,23 @@ def compress(
         (compensators, wanted.compensator),
     ):
         registry.get(name)
+    if resume and out is None:
+        raise SecateurError("resume needs out=, the folder of the run to go on with")
+    if out is not None:
+        check_writable(Path(out))
     dense = load_model(model, **(model_options or {}))
-    work = _Work(Path(out) if out else None, resume, dense, wanted)
-    calibration, held_out = split(images, dense, wanted)
+    if recipe_of(dense).shapes:
+        raise SecateurError("the model was cut before; compress the dense one, to a smaller budget")
+    calibration, held_out, skipped = split(images, dense, wanted)
     anatomy = inspect(dense)
-    statistics = _statistics(work, dense, anatomy, calibration, wanted)
-    scores = work.keep(
+    _check_possible(anatomy, wanted, budget)
+    steps = Steps(None if out is None else Path(out), resume, [__version__, fingerprint(dense)])
+    statistics = _statistics(steps, dense, anatomy, calibration, wanted)
+    scores = steps.keep(
         "scores.safetensors",
         Scores,
         lambda: score(statistics, wanted.criterion, model=dense, anatomy=anatomy, seed=wanted.seed),
+        [wanted.criterion, wanted.seed],
     )
     scores.anatomy = anatomy
 
@@ -165,10 +178,10 @@ def compress(
 
     def quality_of(plan: Plan) -> float:
         """Of a plan, from a refit on part of the images: the final cut, refit on all of them, is no worse."""
-        few = pick(calibration, range(min(128, len(calibration.items))))
+        few = calibration.pick(range(min(128, len(calibration.items))))
         return fidelity(cut(plan, few), dense, held_out).cls_cosine
 
-    plan = work.keep(
+    plan = steps.keep(
         "plan.json",
         Plan,
         lambda: allocate(
@@ -185,40 +198,73 @@ def compress(
             quality_of=quality_of,
             model_name=source_of(dense).name,
         ),
+        [asdict(wanted), mark_of_images(held_out)],
     )
     small = cut(plan, calibration)
-    result = Result(small, plan, fidelity(small, dense, held_out), [], settings=wanted)
-    result.skipped = {**(statistics.skipped if statistics else {}), **calibration.skipped, **held_out.skipped}
+    result = Result(small, plan, fidelity(small, dense, held_out), held_out is not calibration, [], settings=wanted)
+    result.skipped, result.reused = skipped, steps.reused
+    _note_disappointments(result, budget)
     result.timings = latency({"dense": dense, "cut": small}) if measure else {}
     result.table = table(dense, small, result.timings)
     if out is not None:
         save(small, out, figures=result.figures())
-        work.finish()
+        steps.finish()
     return result
 
 
-def split(images: Any, dense: nn.Module, settings: Settings) -> tuple[Batches, Batches]:
-    """Calibration and held-out images, disjoint, drawn with the seed; at least a fifth is held out."""
-    everything = batches(images, source_of(dense).image, size=settings.batch_size, broken=settings.broken)
+def split(images: Any, dense: nn.Module, settings: Settings) -> tuple[Batches, Batches, dict[str, str]]:
+    """Calibration and held-out images, all of them readable, disjoint and drawn with the seed, at least a fifth held
+    out; and what was skipped. Of fewer than four none is held out: both are then the same.
+
+    Raises:
+        DataError: fewer than two images can be read, or too many cannot.
+    """
+    for name in ("limit", "held_out"):
+        if getattr(settings, name) < 2:
+            raise DataError(f"{name} is a number of images, at least 2, found {getattr(settings, name)}")
+    everything = batches(
+        images,
+        source_of(dense).image,
+        size=settings.batch_size,
+        limit=settings.limit + settings.held_out,
+        seed=settings.seed,
+        broken=settings.broken,
+    ).readable()
     order = list(range(len(everything.items)))
+    if len(order) < 2:
+        raise DataError(f"compress needs at least 2 readable images, found {len(order)}; some hundred are better")
     random.Random(settings.seed).shuffle(order)
     count = min(settings.held_out, max(2, len(order) // 5))
     if len(order) < 4:
-        held, used = order, order  # too few to hold any out: the figures are then those of the calibration images
-    else:
-        held, used = order[:count], order[count : count + settings.limit]
+        both = everything.pick(order)
+        return both, both, everything.skipped
+    used = order[count : count + settings.limit]
+    return everything.pick(used), everything.pick(order[:count]), everything.skipped
 
-    return pick(everything, used), pick(everything, held)
 
+def _check_possible(anatomy: Anatomy, settings: Settings, budget: Budget) -> None:
+    """Refuse before the long steps what no scores could make possible.
 
-def pick(data: Batches, indices: Sequence[int]) -> Batches:
-    """Some of the images, in the order given."""
-    labels = None if data.labels is None else [data.labels[i] for i in indices]
-    return Batches([data.items[i] for i in indices], data.spec, data.size, labels, broken=data.broken)
+    Raises:
+        AnatomyError: nothing can be cut.
+        BudgetError: no group is of the kinds asked for, or the floors leave more than the budget.
+    """
+    have = sorted({str(g.kind) for g in anatomy.cuttable.values()})
+    if not have:
+        raise AnatomyError("this model has no group that can be cut; `secateur inspect` says why")
+    if settings.kinds and (unknown := sorted(set(settings.kinds) - set(have))):
+        raise BudgetError(f"no group of kind '{unknown[0]}' can be cut; this model has {', '.join(have)}")
+    if not 0 <= settings.floor < 1 or settings.align < 1:
+        raise BudgetError(f"floor is a share below 1 and align at least 1, found {settings.floor}, {settings.align}")
+    if budget.kind != "quality":
+        names = [n for n, g in anatomy.cuttable.items() if not settings.kinds or str(g.kind) in settings.kinds]
+        dense = anatomy.params if budget.kind == "params" else anatomy.macs
+        target, values = budget.share * dense, dict.fromkeys(names, torch.empty(0))
+        check_reachable(Problem(Scores(values), anatomy, budget.kind, target, settings.floor, settings.align))
 
 
 def _statistics(
-    work: _Work, dense: nn.Module, anatomy: Anatomy, data: Batches, settings: Settings
+    steps: Steps, dense: nn.Module, anatomy: Anatomy, data: Batches, settings: Settings
 ) -> Statistics | None:
     """Statistics for the chosen methods, or None if none of them needs any."""
     rule, compensator = criteria.get(settings.criterion), compensators.get(settings.compensator)
@@ -228,74 +274,44 @@ def _statistics(
     weighted = rule.weighting or ((curves or compensator.sequential) and "features") or None
     losses = tuple(dict.fromkeys([*rule.losses, *([weighted] if weighted else [])]))
     covariance = rule.covariance or compensator.data or curves
-
-    def run() -> Statistics:
-        return calibrate(
-            dense,
-            data,
-            anatomy,
-            loss=losses,
-            weighting=weighted,
-            covariance=covariance,
-            batch_size=settings.batch_size,
-            dtype=settings.dtype,
-            seed=settings.seed,
-        )
-
-    statistics = work.keep("statistics.safetensors", Statistics, run)
+    options = {
+        "loss": losses,
+        "weighting": weighted,
+        "covariance": covariance,
+        "batch_size": settings.batch_size,
+        "dtype": settings.dtype,
+        "seed": settings.seed,
+    }
+    statistics = steps.keep(
+        "statistics.safetensors",
+        Statistics,
+        lambda: calibrate(dense, data, anatomy, **options),
+        [options, mark_of_images(data)],
+    )
     statistics.model, statistics.anatomy = dense, anatomy
     return statistics
+
+
+def _note_disappointments(result: Result, budget: Budget) -> None:
+    """What was asked for and could not quite be had."""
+    if all(len(kept.keep) == kept.size for kept in result.plan.groups.values()):
+        warnings.warn("nothing was cut: the budget leaves the whole model as it is", SecateurWarning, stacklevel=3)
+    elif budget.kind == "quality" and result.fidelity.cls_cosine < budget.share:
+        warnings.warn(
+            f"the finished model's cosine is {result.fidelity.cls_cosine:.4f}, below the {budget.share} asked for",
+            SecateurWarning,
+            stacklevel=3,
+        )
 
 
 def table(dense: nn.Module, small: nn.Module, timings: dict[str, Timing]) -> list[tuple[str, float, float, float]]:
     """Rows (quantity, dense, cut, cut / dense)."""
     rows = [
-        ("parameters (M)", parameters(dense) / 1e6, parameters(small) / 1e6),
-        ("MACs per image (G)", macs(dense) / 1e9, macs(small) / 1e9),
+        ("parameters", float(parameters(dense)), float(parameters(small))),
+        ("MACs per image", macs(dense), macs(small)),
     ]
     if timings:
         a, b = timings["dense"], timings["cut"]
         rows.append(("latency, batch 8 (ms)", a.median_ms, b.median_ms))
-        rows.append(("throughput (images/s)", a.images_per_second, b.images_per_second))
+        rows.append(("images per second", a.images_per_second, b.images_per_second))
     return [(name, d, c, c / d) for name, d, c in rows]
-
-
-class _Work:
-    """Finished steps of a run, beside its output folder, so that an interrupted run can go on."""
-
-    def __init__(self, out: Path | None, resume: bool, dense: nn.Module, settings: Settings) -> None:
-        self.folder = None if out is None else out.with_name(out.name + ".work")
-        if resume and out is None:
-            raise SecateurError("resume needs out=, the folder of the run to go on with")
-        if self.folder is None:
-            return
-        if recipe_of(dense).shapes:
-            raise ArtifactError("the model was cut before; compress the dense one")
-        key = json.dumps([fingerprint(dense), asdict(settings)], sort_keys=True)
-        mark = hashlib.sha256(key.encode()).hexdigest()
-        file = self.folder / "run.json"
-        same = file.is_file() and json.loads(file.read_text()).get("run") == mark
-        if self.folder.exists() and not (resume and same):
-            if resume or not file.is_file():
-                raise ArtifactError(
-                    f"'{self.folder}' belongs to a run with other settings or another model; remove it, "
-                    "or run without resume"
-                )
-            shutil.rmtree(self.folder)
-        with atomic_file(file) as temporary:
-            temporary.write_text(json.dumps({"run": mark}))
-
-    def keep(self, name: str, kind: Any, make: Callable[[], Any]) -> Any:
-        """The result of a step: read if an earlier run left it, else made and written."""
-        if self.folder is None:
-            return make()
-        path = self.folder / name
-        if path.is_file():
-            return kind.load(path)
-        value = make()
-        value.save(path)
-        return value
-
-    def finish(self) -> None:
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
