@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ from secateur.anatomy import Anatomy, find_anatomy
 from secateur.calibration import Statistics
 from secateur.calibration import calibrate as _calibrate
 from secateur.data import batches
-from secateur.errors import DataError
+from secateur.errors import DataError, SecateurWarning
+from secateur.fingerprint import fingerprint
 from secateur.models import example_input, source_of
 from secateur.models import forward as library_forward
 from secateur.plan import Plan
@@ -71,6 +73,23 @@ def prune_(model: nn.Module, plan: Plan, **options: Any) -> nn.Module:
     return _cut(_prune_, model, plan, **options)
 
 
+def _check_origin(model: nn.Module, plan: Plan, stats: Statistics | None) -> None:
+    """Refuse statistics of another model; announce what was made from other weights of this one."""
+    mine = fingerprint(model)
+    origins = {"plan": plan.model} if plan.model else {}
+    if stats is not None and "fingerprint" in stats.meta:
+        origins["statistics"] = stats.meta["fingerprint"]
+        if origins["statistics"]["structure"] != mine["structure"]:
+            raise DataError("these statistics belong to another model; calibrate this one")
+    for what, origin in origins.items():
+        if origin.get("structure") == mine["structure"] and origin.get("weights", mine["weights"]) != mine["weights"]:
+            warnings.warn(
+                f"the {what} came from other weights of this architecture; the cut may be a poor one",
+                SecateurWarning,
+                stacklevel=4,
+            )
+
+
 def _cut(
     function: Callable[..., nn.Module],
     model: nn.Module,
@@ -86,8 +105,9 @@ def _cut(
     ridge: float = 1e-3,
     add_bias: bool = True,
 ) -> nn.Module:
-    anatomy = anatomy or (stats.anatomy if stats else None) or inspect(model)
     rule = compensators.get(compensate)
+    _check_origin(model, plan, stats)
+    anatomy = anatomy or (stats.anatomy if stats else None) or inspect(model)
     cuts = any(len(kept.keep) < kept.size for kept in plan.groups.values())
     if not rule.sequential or not cuts:
         return function(

@@ -75,7 +75,7 @@ def photographs() -> dict[str, Path]:
     """Photographs that scikit-image and scikit-learn carry, by name.
 
     Raises:
-        DataError: the packages are not installed.
+        DataError: the packages are not installed, or carry none.
     """
     try:
         import skimage
@@ -85,7 +85,10 @@ def photographs() -> dict[str, Path]:
     data = Path(skimage.__file__).parent / "data"
     images = Path(sklearn.__file__).parent / "datasets" / "images"
     found = {name: data / name for name in PHOTOGRAPHS} | {p.name: p for p in sorted(images.glob("*.jpg"))}
-    return {name: path for name, path in found.items() if path.is_file()}
+    found = {name: path for name, path in found.items() if path.is_file()}
+    if not found:
+        raise DataError("scikit-image and scikit-learn carry none of their photographs; install other releases")
+    return found
 
 
 def write_crops(folder: Path, count: int, seed: int) -> int:

@@ -81,14 +81,17 @@ def _workshop(path: Path, place: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_writable(path: Path) -> None:
-    """Find out before hours of work whether a folder can be written at `path`; nothing is left there.
+def check_writable(path: Path, *, file: bool = False) -> None:
+    """Find out before hours of work whether a folder (or a file) can be written at `path`; nothing is left there.
 
     Raises:
         ArtifactError: it cannot, or something else is there.
     """
     try:
-        _check_free(path)
+        if not file:
+            _check_free(path)
+        elif path.is_dir():
+            raise ArtifactError(f"'{path}' is a folder; give the name of a file")
         parent = _place(path).parent
         while not parent.exists():
             parent = parent.parent

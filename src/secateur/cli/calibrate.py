@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli.options import (
+    METHOD,
     BatchSize,
     Broken,
     Images,
@@ -17,6 +18,7 @@ from secateur.cli.options import (
     Random,
     Seed,
     Weights,
+    listed,
     model_options,
     report_skipped,
 )
@@ -25,28 +27,31 @@ from secateur.cli.options import (
 def calibrate(
     model: Model,
     images: Images,
-    out: Annotated[Path, typer.Option(help="File to write, e.g. statistics.safetensors.")],
+    out: Annotated[Path, typer.Option(help="File to write, e.g. stats.safetensors.")],
     loss: Annotated[
         str,
         typer.Option(
-            help="Losses to run backward, comma-separated (features, entropy, logits-entropy, kl, "
-            "cross-entropy), or 'none'."
+            help="Losses to run backward, comma-separated (features, entropy, logits-entropy, kl, cross-entropy), or "
+            "'none'.",
+            rich_help_panel=METHOD,
         ),
     ] = "features,entropy",
-    covariance: Annotated[bool, typer.Option(help="Collect covariances.")] = True,
+    covariance: Annotated[bool, typer.Option(help="Collect covariances.", rich_help_panel=METHOD)] = True,
+    dtype: Annotated[str, typer.Option(help="Arithmetic: float32 or bfloat16.", rich_help_panel=METHOD)] = "float32",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute activations to save memory.", rich_help_panel=METHOD)
+    ] = False,
     limit: Limit = 512,
     batch_size: BatchSize = 16,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Recompute activations to save memory.")
-    ] = False,
     broken: Broken = 0.1,
     seed: Seed = 0,
     weights: Weights = None,
     image_size: ImageSize = None,
     random_weights: Random = False,
 ) -> None:
-    """One pass over unlabeled images; the sums it writes serve any number of plans. Runs under torchrun as it is.
+    """Gather statistics in one pass over unlabeled images.
+
+    The sums it writes serve any number of plans. Runs under torchrun as it is.
 
     [bold]Examples[/bold]
 
@@ -56,13 +61,14 @@ def calibrate(
     from secateur import calibrate as run
     from secateur import load_model
     from secateur.calibration.distributed import rank_and_world
+    from secateur.files import check_writable
 
+    check_writable(out, file=True)
     loaded = load_model(model, **model_options(weights, image_size, random_weights))
-    losses = () if loss == "none" else tuple(loss.split(","))
     statistics = run(
         loaded,
         images,
-        loss=losses,
+        loss=() if loss == "none" else listed(loss) or (),
         covariance=covariance,
         limit=limit,
         batch_size=batch_size,

@@ -2,43 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from secateur.cli.options import BatchSize, Broken, Images, ImageSize, Model, Random, Seed, Weights, model_options
-
-Share = Annotated[float | None, typer.Option(help="Share to keep, for example 0.75.")]
+from secateur.cli.options import (
+    BUDGET,
+    IMAGES,
+    METHOD,
+    Align,
+    Allocator,
+    BatchSize,
+    Broken,
+    Criterion,
+    Floor,
+    Images,
+    ImageSize,
+    KeepMacs,
+    KeepParams,
+    Kinds,
+    Model,
+    Random,
+    Ridge,
+    Seed,
+    Uniform,
+    Weights,
+    listed,
+    model_options,
+    report_skipped,
+)
+from secateur.errors import SecateurError
 
 
 def compress(
     model: Model,
     images: Images,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    keep_params: Annotated[float | None, typer.Option(help="Share of the parameters to keep, e.g. 0.75.")] = None,
-    keep_macs: Annotated[float | None, typer.Option(help="Share of the multiply-accumulates to keep.")] = None,
+    keep_params: KeepParams = None,
+    keep_macs: KeepMacs = None,
     min_quality: Annotated[
-        float | None, typer.Option(help="Instead: cut as far as the cosine to the dense features stays above this.")
+        float | None,
+        typer.Option(
+            help="Instead: cut as far as the cosine to the dense features stays above this.", rich_help_panel=BUDGET
+        ),
     ] = None,
-    criterion: Annotated[str, typer.Option(help="How units are scored.")] = "obs",
-    allocator: Annotated[str, typer.Option(help="How the cut is shared out over the layers.")] = "curve",
-    compensate: Annotated[str, typer.Option(help="How what remains is refit.")] = "sequential",
-    kinds: Annotated[str | None, typer.Option(help="Cut only these kinds, e.g. hidden,heads.")] = None,
-    calibration_images: Annotated[int, typer.Option("--limit", min=1, help="Calibrate on at most so many.")] = 512,
-    floor: Annotated[float, typer.Option(min=0, max=0.99, help="Least share of every group to keep.")] = 0.1,
-    align: Annotated[int, typer.Option(min=1, help="Kept widths are multiples of this.")] = 8,
-    uniform_width: Annotated[bool, typer.Option("--uniform-width", help="Equal widths in all layers.")] = False,
+    kinds: Kinds = None,
+    floor: Floor = 0.1,
+    align: Align = 8,
+    uniform_width: Uniform = False,
+    criterion: Criterion = "obs",
+    allocator: Allocator = "curve",
+    compensate: Annotated[
+        str, typer.Option(help="How what remains is refit; see secateur.list_compensators().", rich_help_panel=METHOD)
+    ] = "sequential",
+    ridge: Ridge = 1e-3,
+    limit: Annotated[int, typer.Option(min=2, help="Calibrate on at most so many.", rich_help_panel=IMAGES)] = 512,
+    held_out: Annotated[
+        int, typer.Option(min=2, help="Evaluate on at most so many others.", rich_help_panel=IMAGES)
+    ] = 128,
     batch_size: BatchSize = 16,
-    dtype: Annotated[str, typer.Option(help="Arithmetic of the calibration: float32 or bfloat16.")] = "float32",
     broken: Broken = 0.1,
+    dtype: Annotated[
+        str, typer.Option(help="Arithmetic of the calibration: float32 or bfloat16.", rich_help_panel=METHOD)
+    ] = "float32",
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up what an interrupted run has finished.")] = False,
     weights: Weights = None,
     image_size: ImageSize = None,
     random_weights: Random = False,
 ) -> None:
-    """Cut a model to a budget, without labels and without training; write, measure and compare it.
+    """Cut a model to a budget, without labels and without training.
+
+    The small model is compared with the dense one on images held out, timed, and written with all figures.
 
     [bold]Examples[/bold]
 
@@ -47,35 +85,55 @@ def compress(
       secateur compress timm/vit_base_patch16_clip_224.openai --images photos/ --min-quality 0.95 --out small/
     """
     from secateur import compress as run
-    from secateur.cli.options import report_skipped
-    from secateur.cli.tables import before_and_after, fidelity_rows, show
+    from secateur.cli.tables import before_and_after, fidelity_rows, kept, setting, show
 
-    result = run(
-        model,
-        images,
-        out=out,
-        resume=resume,
-        model_options=model_options(weights, image_size, random_weights),
-        keep_params=keep_params,
-        keep_macs=keep_macs,
-        min_quality=min_quality,
-        criterion=criterion,
-        allocator=allocator,
-        compensator=compensate,
-        kinds=tuple(kinds.split(",")) if kinds else None,
-        limit=calibration_images,
-        floor=floor,
-        align=align,
-        uniform_width=uniform_width,
-        batch_size=batch_size,
-        dtype=dtype,
-        broken=broken,
-        seed=seed,
-    )
-    report_skipped(result.skipped)
-    before_and_after(result.table, "Gained")
-    if result.fidelity is not None:
-        show(
-            f"Kept, on {result.fidelity.images} held-out images", ("", "cut"), fidelity_rows(result.fidelity.to_dict())
+    with _what_is_kept(out):
+        result = run(
+            model,
+            images,
+            out=out,
+            resume=resume,
+            model_options=model_options(weights, image_size, random_weights),
+            keep_params=keep_params,
+            keep_macs=keep_macs,
+            min_quality=min_quality,
+            criterion=criterion,
+            allocator=allocator,
+            compensator=compensate,
+            kinds=listed(kinds),
+            limit=limit,
+            held_out=held_out,
+            floor=floor,
+            align=align,
+            uniform_width=uniform_width,
+            ridge=ridge,
+            batch_size=batch_size,
+            dtype=dtype,
+            broken=broken,
+            seed=seed,
         )
+    report_skipped(result.skipped)
+    if result.reused:
+        typer.echo(f"taken up from the interrupted run: {', '.join(result.reused)}")
+    kept(result.plan.groups)
+    before_and_after(result.table, f"Gained ({setting(result.model)})")
+    which = "held-out images" if result.held_out else "calibration images: too few to hold any out"
+    title = f"Kept, on {result.fidelity.images} {which}"
+    show(title, ("", "cut"), fidelity_rows(result.fidelity.to_dict()))
     typer.echo(f"written to {out}; load it with secateur.load('{out}')")
+
+
+@contextmanager
+def _what_is_kept(out: Path) -> Iterator[None]:
+    """Say where finished steps are when the run ends early."""
+    work = out.with_name(out.resolve().name + ".work")
+    try:
+        yield
+    except SecateurError as e:
+        if not work.exists():
+            raise
+        raise type(e)(f"{e} (finished steps are kept in {work}: add --resume to take them up)") from e
+    except KeyboardInterrupt:
+        if not work.exists():
+            raise
+        raise KeyboardInterrupt(f"finished steps are kept in {work}: the same command with --resume goes on") from None

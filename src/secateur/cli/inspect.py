@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from secateur.cli.options import ImageSize, Model, Random, Weights, model_options
+
+if TYPE_CHECKING:
+    from secateur.anatomy import Anatomy, PrunableGroup
 
 
 def inspect(
@@ -17,75 +20,55 @@ def inspect(
     everything: Annotated[bool, typer.Option("--all", help="List every group, not one line for equal ones.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What a model is made of: what can be cut, what it costs, and what cannot be cut and why.
+    """What can be cut, what it costs, and what cannot be cut and why.
 
     [bold]Examples[/bold]
 
       secateur inspect timm/vit_base_patch14_dinov2.lvd142m
       secateur inspect timm/swin_tiny_patch4_window7_224 --random-weights --all
+      secateur inspect small/ --json
     """
     from secateur import inspect as find
     from secateur import load_model
-    from secateur.cli.tables import show
+    from secateur.cli.tables import label, merged, scaled, show
 
-    loaded = load_model(model, **model_options(weights, image_size, random_weights))
-    anatomy = find(loaded)
+    anatomy = find(load_model(model, **model_options(weights, image_size, random_weights)))
     if json_:
         _json(anatomy)
         return
     typer.echo(
-        f"{model}: {anatomy.params / 1e6:.2f} M parameters, {anatomy.macs / 1e9:.2f} G MACs per image "
-        f"({' x '.join(map(str, anatomy.input_shape))})"
+        f"{model}: {scaled(anatomy.params)} parameters, {scaled(anatomy.macs)} MACs per image of "
+        f"{' x '.join(map(str, anatomy.input_shape))}\n"
     )
-    cut, rest = [], []
-    for names, group in merge(anatomy, everything):
-        params = sum(anatomy.groups[n].unit_params * group.size for n in names)
-        macs = sum(anatomy.groups[n].unit_macs * group.size for n in names)
-        row = (
-            label(names),
-            str(group.kind),
-            str(group.size),
-            f"{params / anatomy.params:.1%}",
-            f"{macs / max(anatomy.macs, 1):.1%}",
-        )
-        if group.cuttable:
-            cut.append((*row, _notes(group)))
-        else:
-            rest.append((*row, group.reason))
-    columns = ("group", "units are", "units", "parameters", "MACs")
-    show("Can be cut", (*columns, "note"), cut)
-    show("Cannot be cut", (*columns, "why"), rest)
+    rows: list[tuple[str, ...]] = []
+    rest: dict[str, list[str]] = {}
+    for groups in merged(anatomy.groups.values(), everything):
+        first, name = groups[0], label([g.name for g in groups])
+        if not first.cuttable:
+            rest.setdefault(first.reason, []).append(f"{name}: {first.size} units")
+            continue
+        params, macs = (sum(getattr(g, what) * g.size for g in groups) for what in ("unit_params", "unit_macs"))
+        shares = f"{params / anatomy.params:.1%}", f"{macs / max(anatomy.macs, 1):.1%}"
+        rows.append((name, str(first.kind), str(first.size), *shares, _note(first)))
+    columns = ["group", "units are", "units", "parameters", "MACs", "note"]
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    show("Can be cut", columns, rows)
+    if rest:
+        typer.secho("Cannot be cut", bold=True)
+    for reason, names in rest.items():
+        typer.echo("\n".join([f"  {reason}:", *(f"    {name}" for name in names)]))
     none = 1 - anatomy.params_after(dict.fromkeys(anatomy.cuttable, 0)) / anatomy.params
-    typer.echo(f"{none:.1%} of the parameters belong to units that can be cut.")
+    typer.echo(f"\n{none:.1%} of the parameters belong to units that can be cut.")
 
 
-def _notes(group) -> str:
+def _note(group: PrunableGroup) -> str:
     if group.norm:
         return f"norm over the units at {group.norm}: its statistics change with the cut"
     return "forward rewritten to allow it" if group.rewritten else ""
 
 
-def merge(anatomy, everything: bool):
-    """Groups, those alike in all but their block's number together: [(names, the first of them)]."""
-    import re
-
-    alike: dict[tuple, list[str]] = {}
-    for name, group in anatomy.groups.items():
-        pattern = name if everything else re.sub(r"\.\d+", ".*", name)
-        reason = re.sub(r"\d+", "#", group.reason)
-        alike.setdefault((pattern, group.kind, group.size, reason), []).append(name)
-    return [(names, anatomy.groups[names[0]]) for names in alike.values()]
-
-
-def label(names: list[str]) -> str:
-    """One name, or a pattern with the number of groups it stands for."""
-    import re
-
-    first = names[0].removeprefix(":")
-    return first if len(names) == 1 else f"{re.sub(r'[.]([0-9]+)', '.*', first)}  (x {len(names)})"
-
-
-def _json(anatomy) -> None:
+def _json(anatomy: Anatomy) -> None:
     import json
 
     groups = [

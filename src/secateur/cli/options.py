@@ -7,18 +7,62 @@ from typing import Annotated, Any
 
 import typer
 
+MODEL, IMAGES, BUDGET, METHOD = "Model", "Images", "Budget", "Method"
+
 Model = Annotated[
     str,
     typer.Argument(help="timm/NAME, hf/ORG/NAME, open_clip/NAME:TAG, or a folder saved by one of them or by secateur."),
 ]
-Images = Annotated[Path, typer.Option("--images", help="Folder of unlabeled images (subfolders are searched).")]
-Weights = Annotated[Path | None, typer.Option(help="Local checkpoint for a timm or open_clip model.")]
-ImageSize = Annotated[int | None, typer.Option(help="Build a timm model for this image size.")]
-Random = Annotated[bool, typer.Option("--random-weights", help="Do not load pretrained weights.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Local checkpoint for the (dense) timm or open_clip model.", rich_help_panel=MODEL),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Build the (dense) timm or open_clip model for this size.", rich_help_panel=MODEL),
+]
+Random = Annotated[
+    bool, typer.Option("--random-weights", help="Do not load pretrained weights.", rich_help_panel=MODEL)
+]
+Images = Annotated[
+    Path,
+    typer.Option("--images", help="Folder of unlabeled images; subfolders are searched.", rich_help_panel=IMAGES),
+]
+Limit = Annotated[int, typer.Option("--limit", min=1, help="Use at most so many images.", rich_help_panel=IMAGES)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.", rich_help_panel=IMAGES)]
+Broken = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Largest share of unreadable images to put up with.", rich_help_panel=IMAGES),
+]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
-Limit = Annotated[int, typer.Option("--limit", min=1, help="Use at most so many images.")]
-Broken = Annotated[float, typer.Option(min=0, max=1, help="Largest share of unreadable images to put up with.")]
+KeepParams = Annotated[
+    float | None, typer.Option(help="Share of the parameters to keep, e.g. 0.75.", rich_help_panel=BUDGET)
+]
+KeepMacs = Annotated[
+    float | None, typer.Option(help="Share of the multiply-accumulates to keep.", rich_help_panel=BUDGET)
+]
+Kinds = Annotated[
+    str | None, typer.Option(help="Cut only groups of these kinds, e.g. hidden,heads.", rich_help_panel=BUDGET)
+]
+Floor = Annotated[
+    float, typer.Option(min=0, max=0.99, help="Least share of every group to keep.", rich_help_panel=BUDGET)
+]
+Align = Annotated[int, typer.Option(min=1, help="Kept widths are multiples of this.", rich_help_panel=BUDGET)]
+Uniform = Annotated[
+    bool,
+    typer.Option(
+        "--uniform-width", help="Equal widths in all layers, for engines that need it.", rich_help_panel=BUDGET
+    ),
+]
+Criterion = Annotated[
+    str, typer.Option(help="How units are scored; see secateur.list_criteria().", rich_help_panel=METHOD)
+]
+Allocator = Annotated[
+    str, typer.Option(help="How the cut is shared out; see secateur.list_allocators().", rich_help_panel=METHOD)
+]
+Ridge = Annotated[
+    float, typer.Option(min=0, help="Of the regression, relative to the mean diagonal.", rich_help_panel=METHOD)
+]
 
 
 def model_options(weights: Path | None, image_size: int | None, random: bool) -> dict[str, Any]:
@@ -33,8 +77,15 @@ def model_options(weights: Path | None, image_size: int | None, random: bool) ->
     return out
 
 
+def listed(text: str | None) -> tuple[str, ...] | None:
+    """Comma-separated names; None if there are none."""
+    names = tuple(part.strip() for part in (text or "").split(",") if part.strip())
+    return names or None
+
+
 def report_skipped(skipped: dict[str, str]) -> None:
     """Say how many images could not be read, and name the first few."""
     if skipped:
         names = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-        typer.echo(f"skipped {len(skipped)} unreadable image(s): {names}", err=True)
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        typer.echo(f"skipped {len(skipped)} unreadable image(s): {names}{more}", err=True)

@@ -7,7 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.cli.options import ImageSize, Model, Random, Seed, Weights, model_options
+from secateur.cli.options import (
+    IMAGES,
+    METHOD,
+    Align,
+    Allocator,
+    Criterion,
+    Floor,
+    ImageSize,
+    KeepMacs,
+    KeepParams,
+    Kinds,
+    Model,
+    Random,
+    Seed,
+    Uniform,
+    Weights,
+    listed,
+    model_options,
+)
 
 
 def plan(
@@ -16,23 +34,30 @@ def plan(
     statistics: Annotated[
         Path | None, typer.Option(help="Written by `secateur calibrate`; some criteria need none.")
     ] = None,
-    keep_params: Annotated[float | None, typer.Option(help="Share of the parameters to keep.")] = None,
-    keep_macs: Annotated[float | None, typer.Option(help="Share of the multiply-accumulates to keep.")] = None,
-    criterion: Annotated[str, typer.Option(help="How units are scored.")] = "obs",
-    allocator: Annotated[str, typer.Option(help="How the cut is shared out.")] = "curve",
-    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the allocator, e.g. tolerance=0.01.")] = None,
-    kinds: Annotated[str | None, typer.Option(help="Cut only these kinds, e.g. hidden,heads.")] = None,
-    floor: Annotated[float, typer.Option(min=0, max=0.99, help="Least share of every group to keep.")] = 0.1,
-    align: Annotated[int, typer.Option(min=1, help="Kept widths are multiples of this.")] = 8,
-    uniform_width: Annotated[bool, typer.Option("--uniform-width", help="Equal widths in all layers.")] = False,
-    images: Annotated[Path | None, typer.Option(help="Images, for allocators that measure (amp-bisect).")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Use at most so many of them.")] = 512,
+    keep_params: KeepParams = None,
+    keep_macs: KeepMacs = None,
+    kinds: Kinds = None,
+    floor: Floor = 0.1,
+    align: Align = 8,
+    uniform_width: Uniform = False,
+    criterion: Criterion = "obs",
+    allocator: Allocator = "curve",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE for the allocator, e.g. tolerance=0.01.", rich_help_panel=METHOD),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images, for allocators that measure (amp-bisect).", rich_help_panel=IMAGES),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Use at most so many of them.", rich_help_panel=IMAGES)] = 512,
     seed: Seed = 0,
+    everything: Annotated[bool, typer.Option("--all", help="List every group, not one line for equal ones.")] = False,
     weights: Weights = None,
     image_size: ImageSize = None,
     random_weights: Random = False,
 ) -> None:
-    """Score units and share a budget out over the layers; nothing is cut yet.
+    """Decide which units stay under a budget; nothing is cut yet.
 
     [bold]Examples[/bold]
 
@@ -40,13 +65,19 @@ def plan(
       secateur plan timm/deit_tiny_patch16_224 --criterion dgmr --allocator uniform --keep-macs 0.5 --out plan.json
     """
     from secateur import Budget, Statistics, allocate, batches, inspect, load_model, score, source_of
-    from secateur.cli.tables import show
+    from secateur.allocation import allocators
+    from secateur.cli import tables
+    from secateur.criteria import criteria
+    from secateur.files import check_writable
 
-    loaded = load_model(model, **model_options(weights, image_size, random_weights))
-    given = {k: v for k, v in (("params", keep_params), ("macs", keep_macs)) if v is not None}
-    budget = Budget(**given)
-    anatomy = inspect(loaded)
+    budget = Budget(**{k: v for k, v in (("params", keep_params), ("macs", keep_macs)) if v is not None})
+    criteria.get(criterion)
+    allocators.get(allocator)
+    check_writable(out, file=True)
+    options = _options(option or [])
     sums = None if statistics is None else Statistics.load(statistics)
+    loaded = load_model(model, **model_options(weights, image_size, random_weights))
+    anatomy = inspect(loaded)
     scores = score(sums, criterion, model=loaded, anatomy=anatomy, seed=seed)
     data = None if images is None else batches(images, source_of(loaded).image, limit=limit, seed=seed)
     made = allocate(
@@ -54,21 +85,17 @@ def plan(
         budget,
         allocator,
         anatomy=anatomy,
-        kinds=kinds.split(",") if kinds else None,
+        kinds=listed(kinds),
         floor=floor,
         align=align,
         uniform_width=uniform_width,
         model=loaded,
         data=data,
         model_name=source_of(loaded).name,
-        **_options(option or []),
+        **options,
     )
     made.save(out)
-    show(
-        "Kept",
-        ("group", "units", "kept", "share"),
-        [(n, str(g.size), str(len(g.keep)), f"{len(g.keep) / g.size:.1%}") for n, g in made.groups.items()],
-    )
+    tables.kept(made.groups, everything)
     p = made.predicted
     typer.echo(
         f"parameters {p['params'] / p['dense_params']:.1%}, MACs {p['macs'] / p['dense_macs']:.1%} of the dense "
@@ -82,7 +109,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
-        if not sign:
+        if not sign or not name.isidentifier():
             raise BudgetError(f"--option takes NAME=VALUE, found '{pair}'")
         try:
             out[name] = float(value)

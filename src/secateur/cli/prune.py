@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.options import BatchSize, ImageSize, Model, Random, Seed, Weights, model_options
+from secateur.cli.options import IMAGES, BatchSize, ImageSize, Model, Random, Ridge, Seed, Weights, model_options
 
 
 def prune(
@@ -16,9 +16,11 @@ def prune(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     compensate: Annotated[str, typer.Option(help="none, mean, ridge, affine or sequential.")] = "affine",
     statistics: Annotated[Path | None, typer.Option(help="Written by `secateur calibrate`.")] = None,
-    images: Annotated[Path | None, typer.Option(help="The calibration images, for sequential.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Use at most so many of them.")] = 512,
-    ridge: Annotated[float, typer.Option(help="Of the regression, relative to the mean diagonal.")] = 1e-3,
+    ridge: Ridge = 1e-3,
+    images: Annotated[
+        Path | None, typer.Option(help="The calibration images, for sequential.", rich_help_panel=IMAGES)
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Use at most so many of them.", rich_help_panel=IMAGES)] = 512,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     weights: Weights = None,
@@ -29,12 +31,17 @@ def prune(
 
     [bold]Examples[/bold]
 
-      secateur prune timm/vit_base_patch14_dinov2.lvd142m --plan plan.json --statistics stats.safetensors --out small/
+      secateur prune timm/vit_base_patch14_dinov2.lvd142m --plan plan.json --statistics s.safetensors --out small/
       secateur prune timm/deit_tiny_patch16_224 --plan plan.json --compensate none --out small/
     """
     from secateur import Plan, Statistics, load_model, parameters, save
     from secateur import prune as cut
+    from secateur.cli.tables import scaled
+    from secateur.files import check_writable
+    from secateur.surgery import compensators
 
+    compensators.get(compensate)
+    check_writable(out)
     decided = Plan.load(plan)
     sums = None if statistics is None else Statistics.load(statistics)
     loaded = load_model(model, **model_options(weights, image_size, random_weights))
@@ -50,4 +57,5 @@ def prune(
         seed=seed,
     )
     save(small, out)
-    typer.echo(f"{parameters(loaded) / 1e6:.2f} M -> {parameters(small) / 1e6:.2f} M parameters; written to {out}")
+    before, after = parameters(loaded), parameters(small)
+    typer.echo(f"{scaled(before)} -> {scaled(after)} parameters ({after / before:.1%}); written to {out}")

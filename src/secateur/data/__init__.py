@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from secateur.data.batches import Batches
+from secateur.data.reading import Batches
 from secateur.data.images import find_images, labelled_folder
 from secateur.data.items import items_of
 from secateur.errors import DataError

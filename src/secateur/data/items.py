@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from secateur.data.batches import check_items
+from secateur.data.reading import check_items
 from secateur.data.images import classes_of, find_images, labels_of
 from secateur.errors import DataError
 
