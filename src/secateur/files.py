@@ -176,10 +176,8 @@ def _explain(error: Exception, path: Path) -> None:
         code = int(found[1])
     elif not isinstance(error, OSError):
         return
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise ArtifactError(
-            f"the disk is full while writing '{path}'; nothing was left there; free some space"
-        ) from error
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        raise ArtifactError(f"the disk is full: '{path}' was not written; free some space and try again") from error
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         raise ArtifactError(f"no permission to write '{path}'; give a folder of your own") from error
     if code in (errno.ENOTDIR, errno.EEXIST):

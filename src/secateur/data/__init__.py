@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from secateur.data.reading import Batches
 from secateur.data.images import find_images, labelled_folder
 from secateur.data.items import items_of
+from secateur.data.reading import Batches
 from secateur.errors import DataError
 from secateur.models.source import ImageSpec
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from secateur.data.reading import check_items
 from secateur.data.images import classes_of, find_images, labels_of
+from secateur.data.reading import check_items
 from secateur.errors import DataError
 
 Found = tuple[Sequence[Any], list[int] | None, Sequence[str]]

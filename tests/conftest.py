@@ -1,0 +1,116 @@
+"""Shared fixtures: tiny models of every library, folders as each library saves them, and pictures of every odd kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from secateur._compat import ensure_torchvision
+
+ensure_torchvision()
+torch.set_num_threads(1)
+
+TIMM = "timm/test_vit"
+TIMM_OPTIONS = {"pretrained": False, "img_size": 64, "num_classes": 7}
+
+
+def picture(rng: np.random.Generator, width: int = 96, height: int = 80) -> Image.Image:
+    """Smooth blotches of colour, with a photograph's spectrum rather than noise's."""
+    blotches = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return blotches.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:
+    """PNG files 000.png, 001.png, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        picture(rng).save(folder / f"{i:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """24 pictures; not to be changed."""
+    return write_pictures(tmp_path_factory.mktemp("photos"), 24)
+
+
+@pytest.fixture(scope="session")
+def classes_folder(tmp_path_factory) -> Path:
+    """train/ and test/, each with subfolders a, b and c."""
+    root = tmp_path_factory.mktemp("classes")
+    for part, count in (("train", 4), ("test", 2)):
+        for seed, name in enumerate("abc"):
+            write_pictures(root / part / name, count, seed)
+    return root
+
+
+def tiny_timm():
+    import secateur as sc
+
+    torch.manual_seed(0)
+    return sc.load_model(TIMM, **TIMM_OPTIONS)
+
+
+@pytest.fixture
+def vit():
+    """A tiny timm ViT of the test's own."""
+    return tiny_timm()
+
+
+def _tower(**more):
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    return {**size, **more}
+
+
+def hf_models() -> dict:
+    """Tiny transformers models, by name: a function that makes each."""
+    import transformers as t
+
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    text |= {"vocab_size": 64, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1}
+    wide, ratio = _tower(intermediate_size=64), _tower(mlp_ratio=2)
+    swin = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+    return {
+        "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**wide, num_labels=5)),
+        "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**ratio)),
+        "clip": lambda: t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=wide, projection_dim=16)),
+        "swin": lambda: t.SwinModel(t.SwinConfig(**swin)),
+    }
+
+
+OPEN_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 4, "layers": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory) -> dict[str, Path]:
+    """Folders as the libraries save them: timm, hf-vit, hf-dinov2, hf-clip, hf-swin, open_clip."""
+    import open_clip
+    from safetensors.torch import save_file
+    from timm.models import save_for_hf
+
+    root = tmp_path_factory.mktemp("models")
+    out = {}
+    torch.manual_seed(0)
+    for name, make in hf_models().items():
+        out[f"hf-{name}"] = root / f"hf-{name}"
+        make().save_pretrained(out[f"hf-{name}"])
+    out["timm"] = root / "timm"
+    save_for_hf(tiny_timm(), str(out["timm"]), safe_serialization=True)
+    out["open_clip"] = folder = root / "open_clip"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}})
+    )
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return out
