@@ -13,8 +13,6 @@ import secateur as sc
 from secateur.calibration.losses import LossInput, losses
 from secateur.models import Features, features
 
-FIELDS = ("count", "total", "square", "absolute", "weight", "first", "outer", "energy", "metric")
-
 
 @pytest.fixture(scope="module")
 def vit():
@@ -67,7 +65,7 @@ def test_taylor_sums_match_direct_computation(vit, loss):
         torch.testing.assert_close(sums.token, product.abs().sum((0, 1)), rtol=1e-3, atol=1e-7)
 
 
-def test_energy_metric_and_weighted_moments(vit):
+def test_energy_and_weighted_moments(vit):
     model, anatomy, images = vit
     statistics = sc.calibrate(model, images, anatomy, batch_size=12, power=1.0)
     path = "blocks.4.mlp.fc2"
@@ -76,11 +74,32 @@ def test_energy_metric_and_weighted_moments(vit):
     sums = statistics.layers[path]
     energy = g.square().sum((0, 2))
     torch.testing.assert_close(sums.energy, energy, rtol=1e-3, atol=1e-9)
-    torch.testing.assert_close(sums.metric, torch.einsum("bpd,bpe->de", g, g), rtol=1e-3, atol=1e-9)
     weights = energy.clamp_min(1e-3 * energy.mean())
     weights = weights / weights.mean()
     expected = torch.einsum("p,bpm,bpn->mn", weights, h, h).detach()
     torch.testing.assert_close(sums.outer, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_share_of_the_stream(vit):
+    model, anatomy, images = vit
+    statistics = sc.calibrate(model, images, anatomy, loss=(), batch_size=12)
+    seen = {}
+    block = model.blocks[2]
+    handles = [
+        block.mlp.fc2.register_forward_hook(lambda _m, _a, y: seen.update(mlp=y)),
+        block.attn.proj.register_forward_hook(lambda _m, _a, y: seen.update(attn=y)),
+        block.norm2.register_forward_pre_hook(lambda _m, a: seen.update(middle=a[0])),
+        block.register_forward_hook(lambda _m, _a, y: seen.update(end=y)),
+    ]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    for path, written, stream in (("mlp.fc2", "mlp", "end"), ("attn.proj", "attn", "middle")):
+        b = seen[written] - seen[written].mean((0, 1))
+        s = seen[stream] - seen[stream].mean(-1, keepdim=True)
+        expected = (b.square().sum(-1) / s.square().sum(-1)).mean()
+        assert statistics.layers[f"blocks.2.{path}"].stream_share == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_model_is_left_as_it_was(vit):

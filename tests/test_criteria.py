@@ -14,6 +14,7 @@ from secateur.criteria.base import GroupView
 from secateur.criteria.curves import error_curve
 from secateur.criteria.dgmr import gram_schmidt_order
 from secateur.criteria.obs import greedy_removal
+from secateur.linalg import damped_cholesky
 
 
 class Mlp(nn.Module):
@@ -49,6 +50,11 @@ def layer():
     return model, group, h, Statistics(layers={"fc2": sums}, images=200)
 
 
+def output_variance(h, weight_ND):
+    y = h.double() @ weight_ND.double()
+    return float((y - y.mean(0)).square().sum() / len(h))
+
+
 def affine_error(h, weight_ND, kept):
     """Squared error per token of the best affine map from kept features to the dense output."""
     x = torch.cat([h[:, kept], torch.ones(len(h), 1)], 1).double()
@@ -63,7 +69,7 @@ def test_error_curve_is_the_error_of_the_best_affine_refit(layer):
     curve = error_curve(GroupView(group, model, statistics), scores, damping=1e-12)
     order = scores.argsort(descending=True)
     for k in range(11):
-        expected = affine_error(h, model.fc2.weight.T, order[:k].tolist())
+        expected = affine_error(h, model.fc2.weight.T, order[:k].tolist()) / output_variance(h, model.fc2.weight.T)
         assert float(curve[k]) == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
@@ -87,12 +93,12 @@ def test_obs_is_near_the_best_subset(layer):
 
 def test_obs_accumulated_error_is_the_curve(layer):
     """Greedy removal adds up to the error of the regression: downdates are exact."""
-    model, group, _h, statistics = layer
+    model, group, h, statistics = layer
     view = GroupView(group, model, statistics)
     scores = greedy_removal(
         statistics.layers["fc2"].covariance, model.fc2.weight.T.double(), torch.arange(10), 10, damping=1e-10
     )
-    curve = error_curve(view, scores, damping=1e-10)
+    curve = error_curve(view, scores, damping=1e-10) * output_variance(h, model.fc2.weight.T)
     removed_first = scores.argsort()
     for k in range(1, 10):
         assert float(curve[10 - k]) == pytest.approx(float(scores[removed_first[k - 1]]), rel=1e-2, abs=1e-6)
@@ -100,9 +106,9 @@ def test_obs_accumulated_error_is_the_curve(layer):
 
 def test_obs_blocks_and_features_agree_when_units_are_single(layer):
     model, _group, _h, statistics = layer
-    from secateur.criteria.obs import _remove_blocks, _remove_features, damped_inverse
+    from secateur.criteria.obs import _remove_blocks, _remove_features
 
-    inverse = damped_inverse(statistics.layers["fc2"].covariance, 1e-8)
+    inverse = torch.cholesky_inverse(damped_cholesky(statistics.layers["fc2"].covariance, 1e-8))
     weight, counts = model.fc2.weight.T.double().detach(), torch.ones(10, dtype=torch.long)
     gone_a, costs_a = _remove_features(inverse.clone(), weight.clone(), counts)
     gone_b, costs_b = _remove_blocks(inverse.clone(), weight.clone(), counts)

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from secateur.anatomy.types import Anatomy, Consumer, PrunableGroup
+from secateur.anatomy.types import Anatomy, Consumer, PrunableGroup, Residual
 from secateur.calibration.statistics import LayerSums, Statistics, TaylorSums, position_weights
 from secateur.nn.params import get_tensor
+from secateur.nn.trees import tensors_in
 
 
 def rows(x: Tensor, consumer: Consumer, images: int, features: int | None = None) -> Tensor:
@@ -29,6 +31,20 @@ def rows(x: Tensor, consumer: Consumer, images: int, features: int | None = None
         x = x.movedim(consumer.batch, 0)
     count = images if x.shape[0] % images == 0 else x.shape[0]
     return x.reshape(count, -1, x.shape[-1])
+
+
+def as_output(stream: Tensor, residual: Residual) -> Tensor:
+    """A stream's axes in the order of those of the layer that writes into it."""
+    order = residual.order
+    return stream if order == tuple(range(len(order))) else stream.permute([order.index(i) for i in range(len(order))])
+
+
+def scale_of(model: nn.Module, residual: Residual) -> Tensor | float:
+    """[D]: by what a layer's output is multiplied before it meets the stream (LayerScale), or 1."""
+    scale: Tensor | float = 1.0
+    for name in residual.scales:
+        scale = scale * get_tensor(model, name).detach().float().flatten()
+    return scale
 
 
 @dataclass
@@ -79,6 +95,7 @@ class Collector:
         self.statistics = Statistics(taylor={name: {} for name in losses})
         self.phase = "forward"
         self.images = 1
+        self._written: dict[str, Tensor] = {}
         self.watches: dict[str, _Watch] = {}
         for path, found in consumers_of(anatomy).items():
             consumer = found[0][1]
@@ -97,14 +114,37 @@ class Collector:
                 self._seen(path, watch, args[0], out)
 
             handles.append(self.model.get_submodule(path).register_forward_hook(hook))
+            if watch.consumer.residual is not None:
+                handles.append(self._watch_stream(path, watch.consumer, watch.consumer.residual))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _watch_stream(self, path: str, consumer: Consumer, residual: Residual) -> RemovableHandle:
+        """Compare what a layer wrote with the stream right after."""
+
+        def see(tree: object) -> None:
+            written = self._written.pop(path, None)
+            if written is not None:
+                stream = list(tensors_in(tree))[residual.index].detach()
+                stream_BPD = rows(as_output(stream, residual), consumer, self.images).float()
+                b_BPD = rows(written, consumer, self.images).float() * scale_of(self.model, residual)
+                b_BPD = b_BPD - b_BPD.mean((0, 1))
+                s_BPD = stream_BPD - stream_BPD.mean(-1, keepdim=True)
+                shares = b_BPD.square().sum(-1) / s_BPD.square().sum(-1).clamp_min(1e-12)
+                self.statistics.layers[path].add("share", shares.sum())
+
+        module = self.model.get_submodule(residual.module)
+        if residual.side == "in":
+            return module.register_forward_pre_hook(lambda _m, args, kwargs: see((args, kwargs)), with_kwargs=True)
+        return module.register_forward_hook(lambda _m, _a, out: see(out))
+
     def _seen(self, path: str, watch: _Watch, x: Tensor, out: Tensor) -> None:
         graph = torch.is_grad_enabled() and x.requires_grad
+        if self.phase == "forward" and watch.consumer.residual is not None:
+            self._written[path] = out.detach()
         if self.again is not None and not graph:
             return
         sums = self.statistics.layers[path]
@@ -137,8 +177,6 @@ class Collector:
             return
         energy_P = g_BPD.square().sum((0, 2)).cpu()
         sums.add("energy", energy_P)
-        flat = g_BPD.flatten(0, 1)
-        sums.add("metric", flat.T @ flat)
         weights = position_weights(energy_P, self.power)
         self._weighted(sums, h_BPN, torch.ones(h_BPN.shape[1]) if weights is None else weights)
 

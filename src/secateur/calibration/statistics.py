@@ -1,6 +1,6 @@
 """What calibration keeps: sums over all tokens of all images, per layer and per group; never the activations.
 
-Shapes: N input features of a layer, D output features, P positions per image, U units of a group.
+Shapes: N input features of a layer, P positions per image, U units of a group.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class LayerSums:
         outer: [N, N], weighted sum of h h^T; empty if covariances were not asked for.
         energy: [P], per position, sum of the squared gradient norm at the layer's output; empty without gradients or
             where images differ in size.
-        metric: [D, D], sum of g g^T over tokens, g the gradient at the layer's output; empty without gradients.
+        share: [], sum over tokens of how large the layer's contribution is beside the stream that it is added to
+            (squared norms, both centred as the next norm will see them); `count` where it writes into no stream.
     """
 
     count: Tensor
@@ -45,13 +46,13 @@ class LayerSums:
     first: Tensor
     outer: Tensor
     energy: Tensor
-    metric: Tensor
+    share: Tensor
 
     @classmethod
     def zeros(cls, n: int) -> LayerSums:
-        """Empty sums for a layer with N inputs; `outer`, `energy` and `metric` grow on first use."""
+        """Empty sums for a layer with N inputs; `outer` and `energy` grow on first use."""
         one, vector = (lambda: torch.zeros(())), (lambda: torch.zeros(n))
-        return cls(one(), vector(), vector(), vector(), one(), vector(), torch.empty(0), torch.empty(0), torch.empty(0))
+        return cls(one(), vector(), vector(), vector(), one(), vector(), torch.empty(0), torch.empty(0), one())
 
     def add(self, name: str, value: Tensor) -> None:
         """Add to one of the sums in place, float32 on the CPU."""
@@ -91,6 +92,11 @@ class LayerSums:
         """[N, N], weighted and centred."""
         mean = self.mean.double()
         return self.second_moment.double() - mean[:, None] * mean
+
+    @property
+    def stream_share(self) -> float:
+        """Mean share of the residual stream that the layer writes; 1 where it writes into none."""
+        return float(self.share / self.count) if float(self.share) > 0 else 1.0
 
     def position_weights(self, power: float = 0.5) -> Tensor | None:
         """[P], how much an error at each position matters to the model's features, with mean 1; None if unknown."""

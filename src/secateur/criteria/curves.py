@@ -15,36 +15,27 @@ import torch
 from torch import Tensor
 
 from secateur.criteria.base import GroupView
-from secateur.criteria.obs import damped_inverse  # noqa: F401  (re-exported for tests of the identity)
+from secateur.linalg import damped_cholesky
 
 
 def error_curve(view: GroupView, scores: Tensor, damping: float = 1e-4) -> Tensor | None:
     """[U + 1]: predicted error when the best 0, 1, ..., U units stay; None without covariances.
 
-    Where gradients were collected the error is that of the model's normalised features (per image), else that of the
-    consumer's output relative to its variance.
+    The error of the consumer's output is taken relative to the variance of that output, times the share of the
+    residual stream that the consumer writes: it is the error relative to the stream, as the next norm will see it.
     """
     total: Tensor | None = None
     for reading in view.readings():
         if reading.sums is None or reading.sums.outer.numel() == 0:
             continue
         own = reading.units >= 0
-        covariance = reading.sums.covariance[own][:, own]
-        weight = _in_feature_units(reading.weight[own].double(), reading.sums.metric, reading.sums)
-        curve = _curve(covariance, weight, reading.units[own], scores, damping)
+        covariance = reading.sums.covariance
+        weight = reading.weight.double()
+        variance = (weight * (covariance @ weight)).sum().clamp_min(1e-30)
+        curve = _curve(covariance[own][:, own], weight[own], reading.units[own], scores, damping)
+        curve = curve / variance * reading.sums.stream_share
         total = curve if total is None else total + curve
     return total
-
-
-def _in_feature_units(weight: Tensor, metric: Tensor, sums) -> Tensor:
-    """Consumer weights such that squared output errors are squared feature errors per image (Fisher metric)."""
-    if metric.numel() <= 1 or metric.shape[0] != weight.shape[1] or sums.energy.numel() < 2:
-        return weight
-    # `metric` sums g g^T over tokens and images: per token times positions per image = per image.
-    positions = sums.energy.numel()
-    per_token = metric.double() / sums.count.double()
-    values, vectors = torch.linalg.eigh(per_token * positions)
-    return weight @ (vectors * values.clamp_min(0).sqrt())
 
 
 def _curve(covariance: Tensor, weight: Tensor, units: Tensor, scores: Tensor, damping: float) -> Tensor:
@@ -53,13 +44,7 @@ def _curve(covariance: Tensor, weight: Tensor, units: Tensor, scores: Tensor, da
     rank[best_first] = torch.arange(len(best_first))
     order = rank[units].argsort(stable=True)
     covariance, weight = covariance[order][:, order], weight[order]
-    eye = torch.eye(len(order), dtype=torch.double)
-    scale = covariance.diagonal().mean().clamp_min(1e-12)
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(covariance + damping * scale * eye)
-        if not failed:
-            break
-        damping = max(damping * 10, 1e-8)
+    factor = damped_cholesky(covariance, damping)
     steps = (factor.T @ weight).square().sum(1)
     per_unit = torch.zeros(len(scores), dtype=torch.double).index_add_(0, rank[units[order]], steps)
     return torch.cat([per_unit.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.double)])

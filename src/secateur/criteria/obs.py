@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.criteria.base import GroupView, criterion, need
+from secateur.linalg import damped_cholesky
 
 
 @criterion("obs", covariance=True, losses=("features",), weighting="features")
@@ -34,17 +35,6 @@ def obs(view: GroupView) -> Tensor:
     return out
 
 
-def damped_inverse(covariance: Tensor, damping: float) -> Tensor:
-    """(S + damping * mean diagonal)^-1, with more damping where S is singular to working precision."""
-    eye = torch.eye(covariance.shape[0], dtype=covariance.dtype)
-    scale = covariance.diagonal().mean().clamp_min(1e-12)
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(covariance + damping * scale * eye)
-        if not failed:
-            return torch.cholesky_inverse(factor)
-        damping = max(damping * 10, 1e-8)
-
-
 def greedy_removal(covariance: Tensor, weight: Tensor, units: Tensor, size: int, *, damping: float = 1e-4) -> Tensor:
     """Remove units one after another and return when each went.
 
@@ -60,7 +50,7 @@ def greedy_removal(covariance: Tensor, weight: Tensor, units: Tensor, size: int,
     Returns:
         [U] float32: the error accumulated by the time each unit was removed; the last to stay scores highest.
     """
-    inverse = damped_inverse(covariance, damping)
+    inverse = torch.cholesky_inverse(damped_cholesky(covariance, damping))
     order = units.argsort(stable=True)
     inverse, weight = inverse[order][:, order], weight[order].clone()
     counts = torch.bincount(units, minlength=size)

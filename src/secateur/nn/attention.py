@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -85,14 +86,15 @@ def _additive_mask(q: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor
     return mask
 
 
-def can_spell_out(module: nn.Module) -> bool:
+def can_spell_out(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    """A plain attention module, without the extra key and value rows that few models use."""
     return type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
 
 
 @contextmanager
 def explicit_attention(model: nn.Module) -> Iterator[None]:
     """Within the context, every plain `nn.MultiheadAttention` of the model runs as `HeadwiseAttention`."""
-    swapped = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and can_spell_out(m)]
+    swapped = [m for m in model.modules() if can_spell_out(m)]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     for module in swapped:

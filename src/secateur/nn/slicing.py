@@ -81,9 +81,8 @@ def finish_(root: nn.Module, names: Iterable[str], edits: Iterable[tuple[AttrEdi
     for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
         sync_attributes(root.get_submodule(path))
     for module in root.modules():
-        if isinstance(module, nn.MultiheadAttention) and can_spell_out(module):
-            if module.num_heads * module.head_dim != module.embed_dim:
-                module.__class__ = HeadwiseAttention
+        if can_spell_out(module) and module.num_heads * module.head_dim != module.embed_dim:
+            module.__class__ = HeadwiseAttention
         drop_caches_(module)
 
 

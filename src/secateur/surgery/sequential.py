@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.anatomy.types import Anatomy, Consumer
-from secateur.calibration.collect import rows
+from secateur.calibration.collect import as_output, rows, scale_of
 from secateur.calibration.statistics import Statistics
 from secateur.data import Batches
 from secateur.models import forward
 from secateur.nn.attention import explicit_attention
-from secateur.nn.params import get_tensor, owner_of
+from secateur.nn.params import owner_of
 from secateur.progress import track
 from secateur.replay import Prefix, Spool, Stop, grabbed
 from secateur.surgery.cut import check_plan, plan_of, tensor_masks
@@ -232,7 +232,7 @@ def _refit_layer(
         images = batch.shape[0]
         h_BPN, y_BPD = rows(h, consumer, images), rows(y, consumer, images)
         if target.inside:
-            gap_BPD = rows(_as_output(goal - seen, target), consumer, images) / scale
+            gap_BPD = rows(as_output(goal - seen, consumer.residual), consumer, images) / scale  # type: ignore[arg-type]
         else:
             goal_BPD = rows(goal, consumer, images)
             gap_BPD = (goal_BPD if target.outputs is None else goal_BPD[..., target.outputs]) - y_BPD
@@ -248,21 +248,10 @@ def _refit_layer(
 def _scale(model: nn.Module, target: _Target) -> Tensor | float:
     """[D]: by what the layer's output is multiplied before it meets the stream; near-zero entries are left alone."""
     residual = target.consumer.residual
-    if not target.inside or residual is None or not residual.scales:
-        return 1.0
-    scale = torch.ones(())
-    for name in residual.scales:
-        scale = scale * get_tensor(model, name).detach().flatten()
-    floor = 1e-3 * scale.abs().max()
-    return torch.where(scale.abs() < floor, torch.full_like(scale, float("inf")), scale)
-
-
-def _as_output(stream: Tensor, target: _Target) -> Tensor:
-    """The stream's axes in the order of the layer's output."""
-    order = target.consumer.residual.order  # type: ignore[union-attr]
-    if order == tuple(range(len(order))):
-        return stream
-    return stream.permute([order.index(i) for i in range(len(order))])
+    scale = scale_of(model, residual) if target.inside and residual is not None else 1.0
+    if not isinstance(scale, Tensor):
+        return scale
+    return torch.where(scale.abs() < 1e-3 * scale.abs().max(), torch.full_like(scale, float("inf")), scale)
 
 
 class _Moments:

@@ -7,6 +7,7 @@ Source: GRAIL (CPAL 2026) and the Nystrom form of MoDeGPT (arXiv 2408.09632): wi
 import torch
 from torch import Tensor
 
+from secateur.linalg import damped_cholesky
 from secateur.surgery.compensate.base import compensator
 from secateur.surgery.layer import LayerCut
 
@@ -26,14 +27,8 @@ def regression(moment: Tensor, alive: Tensor, lam: float) -> Tensor:
         alive: bool [N].
         lam: ridge, relative to the mean diagonal of the kept part.
     """
-    kept = moment[alive][:, alive]
-    scale = kept.diagonal().mean().clamp_min(1e-12)
-    lam = max(lam, 1e-9)
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(kept + lam * scale * torch.eye(len(kept), dtype=kept.dtype))
-        if not failed:
-            return torch.cholesky_solve(moment[alive][:, ~alive], factor)
-        lam *= 10
+    factor = damped_cholesky(moment[alive][:, alive], max(lam, 1e-9))
+    return torch.cholesky_solve(moment[alive][:, ~alive], factor)
 
 
 def fold(weight_NDS: Tensor, alive: Tensor, a_KP: Tensor) -> Tensor:
