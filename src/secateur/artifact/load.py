@@ -62,7 +62,7 @@ def load_model(spec: str | Path | nn.Module, **options: Any) -> nn.Module:
         SourceError: the form is unknown, or the model cannot be had.
         ArtifactError: a folder that Secateur wrote is damaged.
     """
-    if isinstance(spec, (str, Path)) and (Path(spec) / NAME).is_file():
+    if isinstance(spec, (str, Path)) and str(spec) and (Path(spec) / NAME).is_file():
         if options:
             raise SourceError(f"'{spec}' was written by Secateur and takes no {', '.join(options)}; leave it out")
         return load(spec)

@@ -42,7 +42,7 @@ def open_source(spec: str | Path | nn.Module, **kwargs: Any) -> nn.Module:
     if not isinstance(spec, (str, Path)):
         raise SourceError(f"cannot load a model from a {type(spec).__name__}; give {FORMS}")
     text = str(spec)
-    if Path(text).is_dir():
+    if text and Path(text).is_dir():
         openers: dict[str, Callable[..., nn.Module]] = {
             "hf": hf.load,
             "timm": timm.open_folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -122,7 +123,7 @@ def _source(model: Any, name: str, image: ImageSpec) -> Source:
         data["attn_implementation"] = attention  # results differ in the last bits from one to another
     if hasattr(model, "pooler") and model.pooler is None:
         data["add_pooling_layer"] = False
-    return Source("hf", name, data, image)
+    return Source("hf", name, json.loads(json.dumps(data, default=str)), image)
 
 
 def _image_spec(config: Any, name: str) -> ImageSpec:
@@ -224,15 +225,14 @@ def forward(model: Any, batch: Any) -> Any:
 
 def features(model: Any, batch: Tensor) -> Features:
     if hasattr(model, "get_image_features"):
-        out = model.get_image_features(pixel_values=batch)
+        out, base = model.get_image_features(pixel_values=batch), None
     else:
-        name = getattr(model, "main_input_name", "pixel_values")
-        headed = hasattr(model, "base_model") and model.base_model is not model
-        out = model(**{name: batch}, **({"output_hidden_states": True} if headed else {}))
+        out, base = _with_base(model, batch)
     if isinstance(out, Tensor):
         return Features(out.flatten(1))
     logits = getattr(out, "logits", None)
     logits = logits if isinstance(logits, Tensor) and logits.dim() == 2 else None
+    out = base if base is not None else out
     tokens = getattr(out, "last_hidden_state", None)
     if tokens is None and getattr(out, "hidden_states", None):
         tokens = out.hidden_states[-1]
@@ -248,6 +248,20 @@ def features(model: Any, batch: Tensor) -> Features:
     prefix = _prefix_tokens(model)
     embedding = pooled if pooled is not None else (tokens[:, 0] if prefix else tokens.mean(1))
     return Features(embedding.flatten(1), tokens[:, prefix:], logits)
+
+
+def _with_base(model: Any, batch: Tensor) -> tuple[Any, Any]:
+    """What a model gives, and what the model below its head gave meanwhile: its tokens are those after the last norm,
+    which `hidden_states` are not."""
+    inner = getattr(model, "base_model", model)
+    seen: list[Any] = []
+    handle = inner.register_forward_hook(lambda _module, _args, out: seen.append(out)) if inner is not model else None
+    try:
+        out = model(**{getattr(model, "main_input_name", "pixel_values"): batch})
+    finally:
+        if handle is not None:
+            handle.remove()
+    return out, seen[-1] if seen and hasattr(seen[-1], "last_hidden_state") else None
 
 
 def _prefix_tokens(model: nn.Module) -> int:

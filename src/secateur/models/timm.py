@@ -47,7 +47,9 @@ def load(name: str, *, pretrained: bool = True, weights: str | None = None, **kw
         raise SourceError(f"timm has no weights '{tag}' for '{architecture}'; it has: {', '.join(tags[:8]) or 'none'}")
     if weights and not Path(weights).is_file():
         raise SourceError(f"weights file '{weights}' does not exist; give a .safetensors, .pt or .pth file")
-    overlay = {"file": str(weights)} if weights else None
+    overlay: dict[str, Any] | None = {"file": str(weights)} if weights else None
+    if overlay and kwargs.get("num_classes"):
+        overlay["num_classes"] = kwargs["num_classes"]  # the file's too; timm would drop its classifier otherwise
     try:
         with library_call():
             model = timm.create_model(
