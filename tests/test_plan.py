@@ -145,7 +145,7 @@ def test_files(tmp_path):
         ({"params": 0.5, "macs": 0.5}, "exactly one"),
         ({"params": 0}, "above 0 and at most 1"),
         ({"params": -0.5}, "above 0"),
-        ({"params": 1.01}, "for 1.01 percent give 0.0101"),
+        ({"params": 1.01}, "at most 1$"),
         ({"macs": 75}, "for 75 percent give 0.75"),
         ({"quality": float("nan")}, "above 0"),
         ({"quality": float("inf")}, "above 0"),

@@ -29,7 +29,7 @@ def test_an_unknown_name_is_answered_with_the_closest(fruit, name):
 
 @pytest.mark.parametrize("name", ["", "zzz", 3, None])
 def test_without_a_close_one_the_list_is_enough(fruit, name):
-    with pytest.raises(RegistryError, match="unknown fruit .* Available: apple, apricot, pear"):
+    with pytest.raises(RegistryError, match=r"unknown fruit .* Available: apple, apricot, pear"):
         fruit.get(name)
 
 

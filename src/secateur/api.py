@@ -114,7 +114,7 @@ def _cut(
             model, plan, anatomy=anatomy, compensate=compensate, statistics=stats, ridge=ridge, add_bias=add_bias
         )
     if data is None:
-        raise DataError(f"compensator '{compensate}' reads the calibration images again: give data=")
+        raise DataError(f"compensator '{compensate}' reads the calibration images again: give data= (--images)")
     if function is _prune_:
         raise DataError(f"compensator '{compensate}' needs the dense model beside the cut one: use prune, not prune_")
     small = function(

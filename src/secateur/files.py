@@ -168,7 +168,7 @@ def _sync(path: Path) -> None:
 
 def _explain(error: Exception, path: Path) -> None:
     """Raise an ArtifactError for what the system refused; any other error is left to be raised as it is."""
-    text, code = str(error), getattr(error, "errno", None)
+    text, code = getattr(error, "strerror", None) or str(error), getattr(error, "errno", None)
     if type(error).__name__ == "SafetensorError":  # it wraps the system's error in words
         found = re.search(r"os error (\d+)", text)
         if found is None:

@@ -45,7 +45,7 @@ class Budget(BaseModel):
             raise ValueError("give exactly one of params, macs and quality, for example params=0.75")
         ((name, value),) = given.items()
         if not 0 < value <= 1:
-            hint = f"; for {value:g} percent give {value / 100:g}" if 1 < value <= 100 else ""
+            hint = f"; for {value:g} percent give {value / 100:g}" if 2 <= value <= 100 else ""
             raise ValueError(f"{name} is the share to keep, above 0 and at most 1{hint}")
         return self
 

@@ -73,6 +73,9 @@ def model_options(weights: Path | None, image_size: int | None, random: bool) ->
     if image_size is not None:
         out["img_size"] = image_size
     if random:
+        import torch
+
+        torch.manual_seed(0)  # the same random weights every time, so that plans and statistics fit
         out["pretrained"] = False
     return out
 

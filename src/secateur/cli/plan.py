@@ -68,11 +68,13 @@ def plan(
     from secateur.allocation import allocators
     from secateur.cli import tables
     from secateur.criteria import criteria
+    from secateur.errors import DataError
     from secateur.files import check_writable
 
     budget = Budget(**{k: v for k, v in (("params", keep_params), ("macs", keep_macs)) if v is not None})
     criteria.get(criterion)
-    allocators.get(allocator)
+    if allocators.get(allocator).measures and images is None:
+        raise DataError(f"allocator '{allocator}' measures the model: give --images")
     check_writable(out, file=True)
     options = _options(option or [])
     sums = None if statistics is None else Statistics.load(statistics)

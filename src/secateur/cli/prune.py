@@ -37,10 +37,15 @@ def prune(
     from secateur import Plan, Statistics, load_model, parameters, save
     from secateur import prune as cut
     from secateur.cli.tables import scaled
+    from secateur.errors import DataError
     from secateur.files import check_writable
     from secateur.surgery import compensators
 
-    compensators.get(compensate)
+    rule = compensators.get(compensate)
+    if rule.sequential and images is None:
+        raise DataError(f"compensator '{compensate}' reads the calibration images again: give --images")
+    if rule.data and not rule.sequential and statistics is None:
+        raise DataError(f"compensator '{compensate}' needs --statistics; or use --compensate none")
     check_writable(out)
     decided = Plan.load(plan)
     sums = None if statistics is None else Statistics.load(statistics)

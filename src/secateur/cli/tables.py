@@ -23,7 +23,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
     if not rows:
         return
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
@@ -31,6 +31,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDE)
+    console.print(title, style="bold", highlight=False)
     console.print(table)
 
 
@@ -47,7 +48,9 @@ def setting(model: nn.Module) -> str:
     import torch
 
     parameter = next(model.parameters())
-    where = f"{torch.get_num_threads()} CPU thread(s)" if parameter.device.type == "cpu" else str(parameter.device)
+    threads = torch.get_num_threads()
+    cpu = f"{threads} CPU thread" + ("s" if threads > 1 else "")
+    where = cpu if parameter.device.type == "cpu" else str(parameter.device)
     return f"{where}, {str(parameter.dtype).removeprefix('torch.')}"
 
 

@@ -170,13 +170,16 @@ class Batches:
     def _check_share(self, failed: int) -> None:
         """Only what is certain ends a pass early: so many have failed already that the whole list must fail."""
         total = len(self.items)
-        if failed / total > self.broken or failed == total:
-            names = "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:3])
-            more = ", ..." if len(self.skipped) > 3 else ""
-            raise DataError(
-                f"{failed} of {total} images cannot be read, at most {self.broken:.0%} may fail ({names}{more}); "
-                "remove them, or allow more with broken= (--broken)"
-            )
+        if failed / total <= self.broken and failed < total:
+            return
+        names = "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:3])
+        names += "; ..." if len(self.skipped) > 3 else ""
+        if failed == total:
+            raise DataError(f"none of {total} images can be read ({names}); give other files")
+        raise DataError(
+            f"{failed} of {total} images cannot be read, at most {self.broken:.0%} may fail ({names}); remove them, or "
+            "allow more with broken= (--broken)"
+        )
 
 
 class Some(Sequence[Any]):

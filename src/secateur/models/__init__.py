@@ -58,7 +58,7 @@ def open_source(spec: str | Path | nn.Module, **kwargs: Any) -> nn.Module:
 
 def _meant(text: str) -> str:
     """A name that lacks only the library in front."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", text):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", text) or ("/" in text and Path(text).parent.exists()):
         return ""
     return f" (did you mean '{'hf' if '/' in text else 'timm'}/{text}'?)"
 
