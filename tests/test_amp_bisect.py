@@ -52,7 +52,8 @@ def test_the_model_is_untouched(setting):
 def test_through_allocate_with_a_budget(setting):
     model, anatomy, data, scores = setting
     plan = sc.allocate(scores, 0.7, "amp-bisect", anatomy=anatomy, model=model, data=data, steps=3, rounds=4)
-    assert plan.predicted["params"] <= 0.7 * plan.predicted["dense_params"]
+    share = plan.predicted["params"] / plan.predicted["dense_params"]
+    assert 0.69 < share <= 0.7
 
 
 def test_needs_model_and_images(setting):

@@ -9,7 +9,7 @@ The inputs of every block in the dense network are computed once and kept on dis
 searched is ever run again; groups already settled are sliced, not masked. Both leave every decision as it is.
 
 Options: tolerance (5e-3), steps (6). With a budget of parameters or multiply-accumulates the tolerance itself is
-bisected (`rounds`, 5) until the plan just meets it, on the same cached inputs.
+bisected (`rounds`, 5) on the same cached inputs, and the plan settled between the last two tolerances.
 """
 
 from __future__ import annotations
@@ -45,19 +45,33 @@ def amp_bisect(problem: Problem) -> dict[str, int]:
 
 
 def _to_budget(problem: Problem, search: Search, steps: int, rounds: int) -> dict[str, int]:
-    """Bisect the logarithm of the tolerance; the result is trimmed or grown to the budget in AMP's own order."""
+    """Bisect the logarithm of the tolerance, then settle between the two plans nearest to the budget."""
     low, high = math.log(1e-5), math.log(1.0)
-    best: dict[str, int] | None = None
+    wide, narrow = {g.name: g.size for g in problem.groups}, None
     for _ in track(range(rounds), "Searching the tolerance"):
         middle = (low + high) / 2
         counts = evened(problem, search.run(problem, math.exp(middle), steps))
         if problem.cost(counts) <= problem.target:
-            high, best = middle, counts
+            high, narrow = middle, counts
         else:
-            low = middle
-    if best is None:
+            low, wide = middle, counts
+    if narrow is None:
         raise BudgetError("amp-bisect found no tolerance below 1 that meets the budget; use 'global' or 'curve'")
-    return best
+    return narrow if problem.uniform else between(problem, wide, narrow)
+
+
+def between(problem: Problem, wide: dict[str, int], narrow: dict[str, int]) -> dict[str, int]:
+    """From a plan above the budget towards one within it, group by group, the last block first as in the search.
+
+    The group at which the budget is met is narrowed only as far as needed.
+    """
+    counts = dict(wide)
+    for group in reversed(problem.groups):
+        counts[group.name] = narrow[group.name]
+        if problem.cost(counts) <= problem.target:
+            fitting = (k for k in problem.allowed(group) if problem.cost(counts | {group.name: k}) <= problem.target)
+            return counts | {group.name: max(fitting)}
+    return dict(narrow)
 
 
 @dataclass
