@@ -31,10 +31,13 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
     from secateur.anatomy.trace import trace_model
     from secateur.anatomy.verify import Verifier
     from secateur.nn.attention import explicit_attention
+    from secateur.nn.slicing import drop_caches_
     from secateur.nn.trees import tensors_in
 
     forward = forward or (lambda m, x: m(x))
     modes = [(m, m.training) for m in model.modules()]
+    for module in model.modules():
+        drop_caches_(module)  # what it holds would look like a constant, not like the parameters it was made from
     model.eval()
     try:
         with explicit_attention(model):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
 
-from secateur.anatomy.dims import Dim, Misaligned
+from secateur.anatomy.dims import Dim, Form
 from secateur.anatomy.trace import Trace
 from secateur.anatomy.types import AxisUse, CostTerm, PrunableGroup
 
@@ -45,32 +47,32 @@ class _Uses:
         return self.cache[dim]
 
     def _find(self, dim: Dim) -> AxisUse | None:
-        inside = [leaf for leaf in dict.fromkeys(self.space.leaves(dim)) if leaf in self.names]
-        if not inside:
+        if dim.form is Form.LEAF:
+            return AxisUse(dim.size, ((self.names[dim], 1),)) if dim in self.names else None
+        parts = [self.space.find(p) for p in dim.parts]
+        uses = [u for u in map(self._use, parts) if u is not None]
+        if not uses:
             return None
-        counts, owned = [], 0
-        for leaf in inside:
-            try:
-                mine = int((self.space.units(dim, leaf) >= 0).sum())
-            except Misaligned:
-                return None
-            counts.append((self.names[leaf], mine // leaf.size))
-            owned += mine
-        return AxisUse(dim.size, tuple(counts), product=owned > dim.size)
+        if dim.form is Form.CONCAT:
+            counts: Counter[str] = Counter()
+            for use in uses:
+                counts.update(dict(use.groups))
+            return AxisUse(dim.size, tuple(counts.items()), tuple(grid for use in uses for grid in use.grids))
+        constant = dim.size // math.prod(u.size for u in uses)
+        if len(uses) == 1 and not uses[0].grids:
+            return AxisUse(dim.size, tuple((name, n * constant) for name, n in uses[0].groups))
+        return AxisUse(dim.size, grids=((*uses, AxisUse(constant)),))
 
 
 def with_costs(group: PrunableGroup, params: tuple[CostTerm, ...], macs: tuple[CostTerm, ...]) -> PrunableGroup:
     """The group with the cost of one unit filled in, all other groups being whole."""
 
     def unit(terms: tuple[CostTerm, ...]) -> float:
-        whole = {group.name: group.size}
         total = 0.0
         for term in terms:
-            if any(n == group.name for axis in term.axes for n, _ in axis.groups):
-                ratio = 1.0
-                for axis in term.axes:
-                    ratio *= axis.ratio({group.name: 1}, whole | {n: 1 for n, _ in axis.groups if n != group.name})
-                total += term.amount * (1 - ratio)
+            mine = [axis for axis in term.axes if group.name in axis.names]
+            if mine:
+                total += term.amount * (1 - math.prod(axis.ratio({group.name: 1}) for axis in mine))
         return round(total, 6)
 
     return replace(group, unit_params=unit(params), unit_macs=unit(macs))

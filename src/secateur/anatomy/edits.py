@@ -54,17 +54,21 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
 
 
 def size_is_named(trace: Trace, model: nn.Module, leaf: Dim) -> bool:
-    """Whether any module's own code reshapes, splits or makes a constant along this dimension.
+    """Whether any module's own code may depend on the size of this dimension.
 
-    Where none does, only standard layers see its size, and those take it from their weights.
+    Code does that reshapes, splits or makes a constant along it, or that reshapes anything after having been handed a
+    tensor with this dimension (`B, C, H, W = x.shape`). Where none does, only standard layers see the size, and those
+    take it from their weights.
     """
     made = {d for d, notes in trace.space.notes().items() if any(n.kind == "made" for n in notes)}
     if trace.space.find(leaf) in made:
         return True
     standard = (nn.Linear, nn.modules.conv._ConvNd)
+    own = {p: axes for p, axes in trace.shapes.items() if not isinstance(model.get_submodule(p), standard)}
+    if any(trace.space.contains(d, leaf) for axes in own.values() for d in axes):
+        return True
     return any(
-        not isinstance(model.get_submodule(path), standard) and any(trace.space.contains(d, leaf) for d in axes)
-        for path, axes in trace.shapes.items()
+        trace.space.contains(d, leaf) for call in trace.calls if call.path in own for axes in call.in_axes for d in axes
     )
 
 

@@ -233,7 +233,10 @@ class Builder:
 
     def _encloses(self, path: str, leaf: Dim) -> bool:
         call = self.called.get(path)
-        return call is not None and not any(self.space.contains(d, leaf) for d in (*call.first, *call.result))
+        if call is None:
+            return False
+        outside = [d for axes in (*call.in_axes, call.result) for d in axes]
+        return not any(self.space.contains(d, leaf) for d in outside)
 
     def _consumers(self, leaf: Leaf) -> list[Consumer]:
         out = []

@@ -138,7 +138,7 @@ class Trace:
         contractions: in the order they ran.
         skips: residual additions, in order.
         calls: module calls in order of entry.
-        shapes: for each module path, the axes it reshaped, split or expanded, with the sizes its code asked for.
+        shapes: for each module path, the axes whose sizes its code named: it reshaped, split, expanded, grouped.
         foreign: axes of tensors that were neither arguments, parameters, buffers nor made during the run.
         batch: size of the traced batch.
     """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from torch import Tensor
 
@@ -129,19 +131,34 @@ class PrunableGroup:
 
 @dataclass(frozen=True)
 class AxisUse:
-    """How one axis of a cost term shrinks: its size, and how many indices each group's unit takes with it."""
+    """How one axis of a cost term shrinks.
+
+    Attributes:
+        size: of the dense axis.
+        groups: how many indices each group's unit takes with it, where they lie side by side.
+        grids: stretches of the axis that are products of several shortened axes (heads x head size, packed next to
+            an MLP): each is given as its factors.
+    """
 
     size: int
-    groups: tuple[tuple[str, int], ...]
-    product: bool = False
+    groups: tuple[tuple[str, int], ...] = ()
+    grids: tuple[tuple[AxisUse, ...], ...] = ()
 
-    def ratio(self, removed: Mapping[str, int], sizes: Mapping[str, int]) -> float:
-        if self.product:
-            out = 1.0
-            for name, _ in self.groups:
-                out *= 1 - removed.get(name, 0) / sizes[name]
-            return out
-        return 1 - sum(per_unit * removed.get(name, 0) for name, per_unit in self.groups) / self.size
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """All groups that shorten this axis."""
+        inner = (axis.names for grid in self.grids for axis in grid)
+        return frozenset(n for n, _ in self.groups).union(*inner)
+
+    def left(self, removed: Mapping[str, int]) -> int:
+        """Indices that stay when so many units of each named group are removed."""
+        gone = sum(per_unit * removed.get(name, 0) for name, per_unit in self.groups)
+        for grid in self.grids:
+            gone += math.prod(a.size for a in grid) - math.prod(a.left(removed) for a in grid)
+        return self.size - gone
+
+    def ratio(self, removed: Mapping[str, int]) -> float:
+        return self.left(removed) / self.size
 
 
 @dataclass(frozen=True)
@@ -181,13 +198,12 @@ class Anatomy:
         return self.groups[name]
 
     def _total(self, terms: tuple[CostTerm, ...], kept: Mapping[str, int]) -> float:
-        sizes = {n: g.size for n, g in self.groups.items()}
-        removed = {n: sizes[n] - k for n, k in kept.items() if n in sizes}
+        removed = {n: self.groups[n].size - k for n, k in kept.items() if n in self.groups}
         total = 0.0
         for term in terms:
             amount = term.amount
             for axis in term.axes:
-                amount *= axis.ratio(removed, sizes)
+                amount *= axis.ratio(removed)
             total += amount
         return total
 

@@ -23,7 +23,7 @@ from secateur.anatomy.types import PrunableGroup
 from secateur.nn.attention import explicit_attention
 from secateur.nn.masking import restrict_norm_, silence_
 from secateur.nn.reforward import reforward_
-from secateur.nn.slicing import AttrEdit, finish_, keep_mask, slice_tensors_
+from secateur.nn.slicing import AttrEdit, drop_caches_, finish_, keep_mask, slice_tensors_
 from secateur.nn.trees import tensors_in
 
 TOLERANCE = 1e-4  # of the largest output, float64 where the module allows it, else float32
@@ -134,14 +134,13 @@ class Verifier:
             args, kwargs = tree_map(lambda t, dtype=dtype: _cast(t, dtype), (args, kwargs))
 
             def run(module: nn.Module, args=args, kwargs=kwargs) -> list[Tensor]:
-                with torch.no_grad(), explicit_attention(module):
+                with torch.no_grad(), explicit_attention(module), torch.random.fork_rng():
+                    torch.manual_seed(0)  # a model may draw random numbers even in eval mode (masked autoencoders)
                     out = module(*args, **kwargs) if group.owner else self.forward(module, args[0])
                 return [t for t in tensors_in(out) if t.is_floating_point()]
 
             try:
                 module = self._module(group, dtype)
-                with torch.random.fork_rng():
-                    torch.manual_seed(0)
                 mask_(module, local, keep)
                 return run(module), (run, dtype)
             except Exception as e:  # any failure here means: cannot be proved, and the reason is reported
@@ -198,7 +197,7 @@ def randomise_(module: nn.Module) -> None:
     """Random parameters of ordinary size: zero-initialised layers and tiny LayerScales would hide mistakes."""
     generator = torch.Generator().manual_seed(0)
     for name, p in module.named_parameters():
-        if not p.is_floating_point():
+        if not p.is_floating_point() or not p.numel():
             continue
         noise = torch.randn(p.shape, generator=generator)
         if p.dim() > 1:
@@ -213,6 +212,8 @@ def randomise_(module: nn.Module) -> None:
             b.copy_(0.1 * torch.randn(b.shape, generator=generator))
         elif name.endswith("running_var"):
             b.copy_(0.5 + torch.rand(b.shape, generator=generator))
+    for part in module.modules():
+        drop_caches_(part)
 
 
 def _some(size: int) -> Tensor:

@@ -87,10 +87,9 @@ def finish_(root: nn.Module, names: Iterable[str], edits: Iterable[tuple[AttrEdi
 
 
 def drop_caches_(module: nn.Module) -> None:
-    """Empty dicts of tensors that a module keeps for itself (attention-bias caches): they hold the old width."""
+    """Empty the dicts called a cache in which a module keeps tensors made from its parameters (attention biases)."""
     for name, value in vars(module).items():
-        registered = name in ("_parameters", "_buffers", "_modules")
-        if isinstance(value, dict) and value and not registered and all(map(_is_tensor, value.values())):
+        if "cache" in name and isinstance(value, dict) and value and all(map(_is_tensor, value.values())):
             value.clear()
 
 

@@ -44,8 +44,8 @@ class LayerCut:
 
 
 def read_weight(model: nn.Module, consumer: Consumer) -> Tensor:
-    """The consumer's weight as float64 [N, D, S]."""
-    weight = get_tensor(model, consumer.weight).detach().double().cpu()
+    """A copy of the consumer's weight as float64 [N, D, S]."""
+    weight = get_tensor(model, consumer.weight).detach().to("cpu", torch.float64, copy=True)
     weight = weight.movedim(consumer.axis, 0)
     return weight.reshape(weight.shape[0], weight.shape[1], -1)
 

@@ -115,6 +115,10 @@ class Op:
         for dim in dims:
             self.space.note(dim, Note(kind, self.tracer.where, text or self.name))
 
+    def names(self, *axes: Dim) -> None:
+        """The running module's code named these sizes: its attributes may have to follow when they change."""
+        self.tracer.trace.shapes.setdefault(self.tracer.where, []).extend(axes)
+
     def fresh(self, sizes: Sequence[int]) -> list[Dim]:
         return [self.space.new(s) for s in sizes]
 

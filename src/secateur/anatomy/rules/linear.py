@@ -97,6 +97,8 @@ def convolution(op: Op) -> None:
     elif groups > 1:
         g, outside = op.space.split(first, [groups, first.size // groups])
     op.unify(channels, op.space.merge([g, inside]))
+    if groups > 1:
+        op.names(g)
     features = op.space.merge([g, outside])
     space = op.fresh(out.shape[2:])
     op.tracer.trace.contractions.append(

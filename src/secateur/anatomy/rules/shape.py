@@ -6,13 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from secateur.anatomy.dims import Dim, Misaligned
+from secateur.anatomy.dims import Misaligned
 from secateur.anatomy.rules.base import Op, rule
-
-
-def _remember(op: Op, *axes: Dim) -> None:
-    """The running module's code named these sizes: its attributes may have to follow when they change."""
-    op.tracer.trace.shapes.setdefault(op.tracer.where, []).extend(axes)
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "resize_", "view_copy")
@@ -21,7 +16,7 @@ def view(op: Op) -> None:
     before = op.axes(source)
     axes, lost = op.space.regroup_aligned(before, out.shape)
     op.pin(lost, "opaque", "an uneven reshape")
-    _remember(op, *before, *axes)
+    op.names(*before, *axes)
     branch = op.tracer.look(source).branch
     if branch is not None and branch.order is not None and source.shape != out.shape:
         branch = None
@@ -61,7 +56,7 @@ def expand(op: Op) -> None:
     lead = out.dim() - len(before)
     axes = op.fresh(out.shape[:lead])
     axes += [d if d.size == s else op.space.new(s) for d, s in zip(before, out.shape[lead:], strict=True)]
-    _remember(op, *axes)
+    op.names(*axes)
     op.set_view(out, axes, source)
 
 
@@ -71,6 +66,7 @@ def repeat(op: Op) -> None:
     before, repeats = op.axes(source), op.args["repeats"]
     before = (*op.fresh([1] * (len(repeats) - len(before))), *before)
     axes = [d if r == 1 else op.space.merge([op.space.new(r), d]) for d, r in zip(before, repeats, strict=True)]
+    op.names(*axes)
     op.set(out, axes)
 
 
@@ -81,6 +77,7 @@ def repeat_interleave(op: Op) -> None:
         raise Misaligned
     axes = list(op.axes(source))
     axes[dim] = op.space.merge([axes[dim], op.space.new(repeats)])
+    op.names(axes[dim])
     op.set(out, axes)
 
 
@@ -125,7 +122,7 @@ def slice_(op: Op) -> None:
         op.pin([whole], "opaque", "a slice through the middle of a group")
         axes[dim] = op.space.new(out.shape[dim])
         op.pin([axes[dim]], "opaque", "a slice through the middle of a group")
-    _remember(op, axes[dim])
+    op.names(axes[dim])
     op.set_view(out, axes, source)
 
 
@@ -156,7 +153,7 @@ def split(op: Op) -> None:
         op.pin([whole], "opaque", "a split through the middle of a group")
         parts = op.fresh(sizes)
         op.pin(parts, "opaque", "a split through the middle of a group")
-    _remember(op, *parts)
+    op.names(*parts)
     for out, part in zip(op.outs, parts, strict=True):
         axes = list(op.axes(source))
         axes[dim] = part
