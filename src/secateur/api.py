@@ -17,6 +17,7 @@ from secateur.fingerprint import fingerprint
 from secateur.models import example_input, source_of
 from secateur.models import forward as library_forward
 from secateur.plan import Plan
+from secateur.progress import doing
 from secateur.surgery import compensators
 from secateur.surgery import prune as _prune
 from secateur.surgery import prune_ as _prune_
@@ -38,7 +39,8 @@ def inspect(
         AnatomyError: the model cannot be run on the example.
     """
     example = example_input(model) if example is None else example
-    return find_anatomy(model, example, forward or library_forward)
+    with doing("Finding what can be cut"):
+        return find_anatomy(model, example, forward or library_forward)
 
 
 def calibrate(model: nn.Module, data: Any, anatomy: Anatomy | None = None, **options: Any) -> Statistics:

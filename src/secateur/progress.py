@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -11,23 +12,43 @@ T = TypeVar("T")
 _bars: Any = None  # the one live display; bars within bars are lines of it
 
 
-def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with a bar that shows what is being done, how far it is and how long it will take."""
-    global _bars
-    if not sys.stderr.isatty():
-        yield from items
-        return
+def track(items: Iterable[T], what: str, total: int | None = None, *, ticking: bool = True) -> Iterator[T]:
+    """Iterate with a bar that shows what is being done, how far it is and how long it will take.
+
+    Args:
+        ticking: redraw from a thread, so that time passes within an item; not where the items are timed.
+    """
     if total is None and isinstance(items, Sized):
         total = len(items)
+    with _line(what, total, ticking) as (bars, line):
+        for item in items:
+            yield item
+            if bars is not None:
+                bars.advance(line)
+                if not ticking:
+                    bars.refresh()
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Show that something is being done that cannot say how far it is; the line goes when it is done."""
+    with _line(what, None, transient=True):
+        yield
+
+
+@contextmanager
+def _line(what: str, total: int | None, ticking: bool = True, transient: bool = False) -> Iterator[tuple[Any, Any]]:
+    global _bars
+    if not sys.stderr.isatty():
+        yield None, None
+        return
     outermost = _bars is None
     if outermost:
-        _bars = _display()
+        _bars = _display(ticking, transient)
         _bars.start()
     bars, line = _bars, _bars.add_task(what, total=total)
     try:
-        for item in items:
-            yield item
-            bars.advance(line)
+        yield bars, line
     finally:
         if outermost:
             close()
@@ -43,7 +64,7 @@ def close() -> None:
         _bars = None
 
 
-def _display() -> Any:
+def _display(ticking: bool, transient: bool) -> Any:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -61,4 +82,6 @@ def _display() -> Any:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        auto_refresh=ticking,
+        transient=transient,
     )

@@ -125,7 +125,7 @@ def compress(
         model: anything `load_model` takes.
         images: unlabeled images, anything `batches` takes; a part is held out for evaluation.
         out: folder to save to; finished steps are kept in `<out>.work` beside it until it is there.
-        resume: take up the finished steps of an interrupted run that this run shares (needs `out`).
+        resume: go on from the finished steps of an interrupted run with the same settings (needs `out`).
         measure: time both models.
         model_options: passed to `load_model`.
         settings:
@@ -161,13 +161,40 @@ def compress(
     calibration, held_out, skipped = split(images, dense, wanted)
     anatomy = inspect(dense)
     _check_possible(anatomy, wanted, budget)
-    steps = Steps(None if out is None else Path(out), resume, [__version__, fingerprint(dense)])
+    run = {
+        "secateur": __version__,
+        "model": fingerprint(dense),
+        "calibration images": mark_of_images(calibration),
+        "held-out images": mark_of_images(held_out),
+        **asdict(wanted),
+    }
+    steps = Steps(None if out is None else Path(out), resume, run)
+    with steps.announced():
+        result = _run(steps, dense, anatomy, calibration, held_out, wanted, budget)
+        result.skipped = skipped
+        result.timings = latency({"dense": dense, "cut": result.model}) if measure else {}
+        result.table = table(dense, result.model, result.timings)
+        if out is not None:
+            save(result.model, out, figures=result.figures())
+            steps.finish()
+    return result
+
+
+def _run(
+    steps: Steps,
+    dense: nn.Module,
+    anatomy: Anatomy,
+    calibration: Batches,
+    held_out: Batches,
+    wanted: Settings,
+    budget: Budget,
+) -> Result:
+    """From statistics to the compared model."""
     statistics = _statistics(steps, dense, anatomy, calibration, wanted)
     scores = steps.keep(
         "scores.safetensors",
         Scores,
         lambda: score(statistics, wanted.criterion, model=dense, anatomy=anatomy, seed=wanted.seed),
-        [wanted.criterion, wanted.seed],
     )
     scores.anatomy = anatomy
 
@@ -198,17 +225,11 @@ def compress(
             quality_of=quality_of,
             model_name=source_of(dense).name,
         ),
-        [asdict(wanted), mark_of_images(held_out)],
     )
     small = cut(plan, calibration)
     result = Result(small, plan, fidelity(small, dense, held_out), held_out is not calibration, [], settings=wanted)
-    result.skipped, result.reused = skipped, steps.reused
+    result.reused = steps.reused
     _note_disappointments(result, budget)
-    result.timings = latency({"dense": dense, "cut": small}) if measure else {}
-    result.table = table(dense, small, result.timings)
-    if out is not None:
-        save(small, out, figures=result.figures())
-        steps.finish()
     return result
 
 
@@ -286,7 +307,6 @@ def _statistics(
         "statistics.safetensors",
         Statistics,
         lambda: calibrate(dense, data, anatomy, **options),
-        [options, mark_of_images(data)],
     )
     statistics.model, statistics.anatomy = dense, anatomy
     return statistics
@@ -295,12 +315,12 @@ def _statistics(
 def _note_disappointments(result: Result, budget: Budget) -> None:
     """What was asked for and could not quite be had."""
     if all(len(kept.keep) == kept.size for kept in result.plan.groups.values()):
-        warnings.warn("nothing was cut: the budget leaves the whole model as it is", SecateurWarning, stacklevel=3)
+        warnings.warn("nothing was cut: the budget leaves the whole model as it is", SecateurWarning, stacklevel=4)
     elif budget.kind == "quality" and result.fidelity.cls_cosine < budget.share:
         warnings.warn(
             f"the finished model's cosine is {result.fidelity.cls_cosine:.4f}, below the {budget.share} asked for",
             SecateurWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

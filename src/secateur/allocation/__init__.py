@@ -13,6 +13,7 @@ from secateur.anatomy.types import Anatomy
 from secateur.criteria.score import Scores
 from secateur.errors import BudgetError, DataError
 from secateur.plan import Budget, Kept, Plan
+from secateur.progress import track
 
 __all__ = ["Allocator", "Budget", "Problem", "allocate", "allocator", "allocators"]
 
@@ -116,7 +117,7 @@ def _of_kinds(scores: Scores, anatomy: Anatomy, kinds: Iterable[str] | None) -> 
 def _by_quality(plan_for: Callable[[float], Plan], quality_of: Callable[[Plan], float], threshold: float) -> Plan:
     """The smallest plan that is good enough: bisection on the share kept (7 cuts measured)."""
     low, high, best = 0.0, 1.0, plan_for(1.0)
-    for _ in range(7):
+    for _ in track(range(7), "Searching the budget"):
         middle = (low + high) / 2
         try:
             plan = plan_for(middle)

@@ -49,14 +49,16 @@ def calibrate(
     image_size: ImageSize = None,
     random_weights: Random = False,
 ) -> None:
-    """Gather statistics in one pass over unlabeled images.
+    r"""Gather statistics in one pass over unlabeled images.
 
     The sums it writes serve any number of plans. Runs under torchrun as it is.
 
     [bold]Examples[/bold]
 
-      secateur calibrate timm/vit_base_patch14_dinov2.lvd142m --images photos/ --out stats.safetensors
-      torchrun --nproc-per-node 2 -m secateur calibrate hf/facebook/dinov2-base --images photos/ --out stats.safetensors
+    secateur calibrate timm/vit_base_patch14_dinov2.lvd142m --images photos/ \
+        --out stats.safetensors
+    torchrun --nproc-per-node 2 -m secateur calibrate hf/facebook/dinov2-base \
+        --images photos/ --out stats.safetensors
     """
     from secateur import calibrate as run
     from secateur import load_model
@@ -82,5 +84,6 @@ def calibrate(
         report_skipped(statistics.skipped)
         typer.echo(
             f"{statistics.images} images, {len(statistics.layers)} layers, losses: "
-            f"{', '.join(statistics.losses) or 'none'}; written to {out}"
+            f"{', '.join(statistics.losses) or 'none'}\n"
+            f"written to {out}; plan from it with secateur plan --statistics {out}"
         )

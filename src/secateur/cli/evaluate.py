@@ -43,14 +43,15 @@ def evaluate(
     image_size: ImageSize = None,
     random_weights: Random = False,
 ) -> None:
-    """Compare a cut model with the dense one; kNN accuracy.
+    r"""Compare a cut model with the dense one; kNN accuracy.
 
     The comparison needs no labels; kNN does.
 
     [bold]Examples[/bold]
 
-      secateur evaluate small/ --against timm/vit_small_patch14_reg4_dinov2.lvd142m --images photos/
-      secateur evaluate small/ --knn tiny-imagenet/
+    secateur evaluate small/ \
+        --against timm/vit_small_patch14_reg4_dinov2.lvd142m --images photos/
+    secateur evaluate small/ --knn tiny-imagenet/
     """
     from secateur import batches, fidelity, load_model, source_of
     from secateur import knn as knn_of
@@ -63,10 +64,13 @@ def evaluate(
     loaded = load_model(model, **(options if against is None else {}))
     rows: list[tuple[str, str]] = []
     skipped: dict[str, str] = {}
+    title = "Kept"
     if images is not None and against is not None:
         dense = load_model(against, **options)
         data = batches(images, source_of(dense).image, size=batch_size, limit=limit, seed=seed, broken=broken)
-        rows += fidelity_rows(fidelity(loaded, dense, data).to_dict())
+        found = fidelity(loaded, dense, data)
+        rows += fidelity_rows(found.to_dict())
+        title = f"Kept, on {found.images} images"
         skipped |= data.skipped
     if knn is not None:
         spec = source_of(loaded).image
@@ -80,4 +84,4 @@ def evaluate(
         rows.append((f"kNN top-1 (k={k})", f"{knn_of(loaded, train, test, k):.4f}"))
         skipped |= {**train.skipped, **test.skipped}
     report_skipped(skipped)
-    show("Kept", ("", model), rows)
+    show(title, ("", model), rows)

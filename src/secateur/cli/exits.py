@@ -26,7 +26,7 @@ def interruptible(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*args, **kwargs)
         except KeyboardInterrupt as e:
-            raise Interrupted(*e.args) from None
+            raise Interrupted(*e.args, *_notes(e)) from None
 
     return run
 
@@ -37,9 +37,10 @@ def run(command: Callable[[], None]) -> None:
     try:
         command()
     except SecateurError as error:
-        _fail(str(error))
+        _fail("; ".join([str(error), *_notes(error)]))
     except (Interrupted, KeyboardInterrupt) as error:
-        _fail(f"interrupted; {error or 'nothing half-written was left'}", 130)
+        kept = "; ".join(map(str, error.args)) or "nothing half-written was left: give the same command again"
+        _fail(f"interrupted; {kept}", 130)
     except MemoryError:
         _fail("out of memory; use a smaller --batch-size or fewer images (--limit)")
     except RuntimeError as error:
@@ -48,6 +49,10 @@ def run(command: Callable[[], None]) -> None:
         _fail("out of memory; use a smaller --batch-size or fewer images (--limit)")
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}; check the path and its permissions")
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:
@@ -69,8 +74,12 @@ def _hold_back_chatter() -> None:
         return
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", category=SecateurWarning)
-    warnings.showwarning = _note
+    said: set[str] = set()
 
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in said:
+            said.add(text)
+            print(f"note: {text}", file=sys.stderr)
 
-def _note(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+    warnings.showwarning = note

@@ -24,13 +24,13 @@ def inspect(
 
     [bold]Examples[/bold]
 
-      secateur inspect timm/vit_base_patch14_dinov2.lvd142m
-      secateur inspect timm/swin_tiny_patch4_window7_224 --random-weights --all
-      secateur inspect small/ --json
+    secateur inspect timm/vit_base_patch14_dinov2.lvd142m
+    secateur inspect timm/swin_tiny_patch4_window7_224 --random-weights --all
+    secateur inspect small/ --json
     """
     from secateur import inspect as find
     from secateur import load_model
-    from secateur.cli.tables import label, merged, scaled, show
+    from secateur.cli.tables import label, merged, pattern, scaled, show
 
     anatomy = find(load_model(model, **model_options(weights, image_size, random_weights)))
     if json_:
@@ -45,12 +45,12 @@ def inspect(
     for groups in merged(anatomy.groups.values(), everything):
         first, name = groups[0], label([g.name for g in groups])
         if not first.cuttable:
-            rest.setdefault(first.reason, []).append(f"{name}: {first.size} units")
+            rest.setdefault(pattern(first.reason), []).append(f"{name}: {first.size} units")
             continue
         params, macs = (sum(getattr(g, what) * g.size for g in groups) for what in ("unit_params", "unit_macs"))
         shares = f"{params / anatomy.params:.1%}", f"{macs / max(anatomy.macs, 1):.1%}"
-        rows.append((name, str(first.kind), str(first.size), *shares, _note(first)))
-    columns = ["group", "units are", "units", "parameters", "MACs", "note"]
+        rows.append((name, str(first.size), *shares, _note(first)))
+    columns = ["group", "units", "parameters", "MACs", "note"]
     if not any(row[-1] for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     show("Can be cut", columns, rows)

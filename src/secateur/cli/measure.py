@@ -20,14 +20,15 @@ def measure(
     image_size: ImageSize = None,
     random_weights: Random = False,
 ) -> None:
-    """Parameters, multiply-accumulates, latency and throughput.
+    r"""Parameters, multiply-accumulates, latency and throughput.
 
     Two models are timed in turn, so that a drifting machine slows both alike.
 
     [bold]Examples[/bold]
 
-      secateur measure small/ --against timm/vit_small_patch14_reg4_dinov2.lvd142m
-      secateur measure timm/vit_tiny_patch16_224 --random-weights --batch-size 1
+    secateur measure small/ \
+        --against timm/vit_small_patch14_reg4_dinov2.lvd142m
+    secateur measure timm/vit_tiny_patch16_224 --random-weights --batch-size 1
     """
     from secateur import latency, load_model, macs, parameters
     from secateur.cli.tables import cell, setting, show

@@ -57,12 +57,14 @@ def plan(
     image_size: ImageSize = None,
     random_weights: Random = False,
 ) -> None:
-    """Decide which units stay under a budget; nothing is cut yet.
+    r"""Decide which units stay under a budget; nothing is cut yet.
 
     [bold]Examples[/bold]
 
-      secateur plan timm/vit_base_patch14_dinov2.lvd142m --statistics s.safetensors --keep-params 0.6 --out plan.json
-      secateur plan timm/deit_tiny_patch16_224 --criterion dgmr --allocator uniform --keep-macs 0.5 --out plan.json
+    secateur plan timm/vit_base_patch14_dinov2.lvd142m \
+        --statistics s.safetensors --keep-params 0.6 --out plan.json
+    secateur plan timm/deit_tiny_patch16_224 --criterion dgmr \
+        --allocator uniform --keep-macs 0.5 --out plan.json
     """
     from secateur import Budget, Statistics, allocate, batches, inspect, load_model, score, source_of
     from secateur.allocation import allocators
@@ -100,8 +102,8 @@ def plan(
     tables.kept(made.groups, everything)
     p = made.predicted
     typer.echo(
-        f"parameters {p['params'] / p['dense_params']:.1%}, MACs {p['macs'] / p['dense_macs']:.1%} of the dense "
-        f"model; written to {out}"
+        f"parameters {p['params'] / p['dense_params']:.1%}, MACs {p['macs'] / p['dense_macs']:.1%} of the dense model\n"
+        f"written to {out}; apply it with secateur prune --plan {out}"
     )
 
 

@@ -27,16 +27,18 @@ def prune(
     image_size: ImageSize = None,
     random_weights: Random = False,
 ) -> None:
-    """Apply a plan to a model and save the smaller one.
+    r"""Apply a plan to a model and save the smaller one.
 
     [bold]Examples[/bold]
 
-      secateur prune timm/vit_base_patch14_dinov2.lvd142m --plan plan.json --statistics s.safetensors --out small/
-      secateur prune timm/deit_tiny_patch16_224 --plan plan.json --compensate none --out small/
+    secateur prune timm/vit_base_patch14_dinov2.lvd142m --plan plan.json \
+        --statistics s.safetensors --out small/
+    secateur prune timm/deit_tiny_patch16_224 --plan plan.json \
+        --compensate none --out small/
     """
     from secateur import Plan, Statistics, load_model, parameters, save
     from secateur import prune as cut
-    from secateur.cli.tables import scaled
+    from secateur.cli.tables import loadable, scaled
     from secateur.errors import DataError
     from secateur.files import check_writable
     from secateur.surgery import compensators
@@ -63,4 +65,5 @@ def prune(
     )
     save(small, out)
     before, after = parameters(loaded), parameters(small)
-    typer.echo(f"{scaled(before)} -> {scaled(after)} parameters ({after / before:.1%}); written to {out}")
+    typer.echo(f"{scaled(before)} -> {scaled(after)} parameters ({after / before:.1%})")
+    typer.echo(loadable(out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
     if not rows:
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
@@ -33,6 +34,12 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         console = Console(width=WIDE)
     console.print(title, style="bold", highlight=False)
     console.print(table)
+    console.print()
+
+
+def loadable(out: Path) -> str:
+    """The last line of what writes a model."""
+    return f"written to {out}; load it with secateur.load({str(out)!r})"
 
 
 def scaled(number: float) -> str:

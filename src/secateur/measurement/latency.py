@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from secateur.models import example_input, forward
+from secateur.progress import track
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def latency(
     cuda = next(first.parameters()).is_cuda
     for model in models.values():
         model.eval()
-    for round_ in range(warm_up + rounds):
+    for round_ in track(range(warm_up + rounds), "Timing", ticking=False):
         for name, model in models.items():
             if cuda:
                 torch.cuda.synchronize()
