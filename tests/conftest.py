@@ -114,3 +114,18 @@ def model_folders(tmp_path_factory) -> dict[str, Path]:
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     return out
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory) -> Path:
+    """A timm folder with a ViT of two blocks, for what runs the whole pipeline many times."""
+    from timm.models import save_for_hf
+
+    import secateur as sc
+
+    torch.manual_seed(0)
+    folder, shape = tmp_path_factory.mktemp("shallow") / "vit", {**TIMM_OPTIONS, "depth": 2}
+    model = sc.load_model(TIMM, **shape)
+    args = {k: v for k, v in shape.items() if k != "pretrained"}
+    save_for_hf(model, str(folder), model_config={"model_args": args}, safe_serialization=True)
+    return folder
