@@ -11,7 +11,7 @@ A Dim is either a leaf, a product of factors (row-major, as reshape counts), or 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 
@@ -59,7 +59,7 @@ class Space:
     """All Dims of one traced model, with the notes made about them."""
 
     def __init__(self) -> None:
-        self._notes: list[tuple[Dim, Note]] = []
+        self._notes: list[tuple[Dim, Note, frozenset[int]]] = []
 
     # -- building -------------------------------------------------------------------------------------------------
 
@@ -75,9 +75,14 @@ class Space:
             dim.parent, dim = root, dim.parent
         return root
 
-    def note(self, dim: Dim, note: Note) -> None:
+    def note(self, dim: Dim, note: Note, nodes: Iterable[int] = ()) -> None:
+        """Say that units along a Dim are not free; if `nodes` are given, only as long as one of them is used."""
         if dim.size > 1:
-            self._notes.append((dim, note))
+            self._notes.append((dim, note, frozenset(nodes)))
+
+    def forget_unused(self, used: Set[int]) -> None:
+        """Drop the notes that were made about results which nothing ever read."""
+        self._notes = [(dim, note, nodes) for dim, note, nodes in self._notes if not nodes or nodes & used]
 
     def merge(self, dims: Sequence[Dim]) -> Dim:
         """The product of Dims, outermost first, as a reshape merges axes."""
@@ -311,7 +316,7 @@ class Space:
     def notes(self) -> dict[Dim, list[Note]]:
         """Notes of every leaf, those of the axes it is part of included."""
         found: dict[Dim, list[Note]] = {}
-        for dim, note in self._notes:
+        for dim, note, _ in self._notes:
             for leaf in dict.fromkeys(self.leaves(dim)):
                 notes = found.setdefault(leaf, [])
                 if note not in notes:

@@ -14,7 +14,7 @@ from secateur.anatomy.types import Kind, PrunableGroup
 from secateur.nn.slicing import AttrEdit
 
 _NEVER = re.compile(r"window|patch|grid|stride|kernel|seq|resol|size_|_size$|pad|depth|layer_idx|block|shift|block")
-_HEADS = re.compile(r"head|n_?group")
+_HEADS = re.compile(r"^(?!.*(dim|size|width)).*(head|n_?group)")
 
 
 def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: Dim) -> Iterator[tuple[AttrEdit, ...]]:
@@ -49,7 +49,10 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
         for key in sorted(lists)
         for i in range(8)
     ]
-    for extra in (clear, [*clear, *doubtful], *single, []):
+    # Of several attributes of equal value (4 heads of size 4), perhaps only one does.
+    names = dict.fromkeys(e.attr for e in clear + doubtful)
+    alone = [[e for e in clear + doubtful if e.attr == name] for name in names]
+    for extra in (clear, [*clear, *doubtful], *single, *alone, []):
         yield (*group.edits, *dict.fromkeys(extra))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from secateur.anatomy.dims import Dim, Misaligned, Note
+from secateur.anatomy.dims import Dim, Form, Misaligned, Note
 from secateur.anatomy.trace import Contraction, Trace
 from secateur.anatomy.types import Consumer, Kind, PrunableGroup, Residual, Slot
 from secateur.nn.params import conv1d_like, owner_of
@@ -87,8 +87,8 @@ def kind_of(leaf: Leaf, trace: Trace) -> Kind:
 
 def _multiplicity(trace: Trace, leaf: Leaf, event: int) -> float:
     """Features per unit that a producer makes, with a packed producer counted per projection."""
-    features = trace.contractions[event].features
-    for part in trace.space.find(features).parts or (features,):
+    features = trace.space.find(trace.contractions[event].features)
+    for part in features.parts if features.form is Form.CONCAT else (features,):
         try:
             units = trace.space.units(part, leaf.dim)
         except Misaligned:
@@ -106,6 +106,11 @@ def _depthwise_only(leaf: Leaf, trace: Trace) -> bool:
     return not any(trace.contractions[i].dense for i in leaf.grouped)
 
 
+def _goes_on(leaf: Leaf) -> bool:
+    """Whether anything reads the units, or something did that could not be followed."""
+    return bool(leaf.read or leaf.paired or any(n.kind == "opaque" for n in leaf.notes))
+
+
 class Builder:
     """Turns leaves into groups; `build` gives them in order of execution, unverified."""
 
@@ -118,7 +123,7 @@ class Builder:
         self.leaves: dict[str, Dim] = {}
 
     def build(self) -> dict[str, PrunableGroup]:
-        leaves = [x for x in find_leaves(self.trace) if x.made and (x.read or x.paired) and not self._boundary(x)]
+        leaves = [x for x in find_leaves(self.trace) if x.made and _goes_on(x) and not self._boundary(x)]
         leaves.sort(key=lambda x: min([*x.made, *x.read]))
         groups = {}
         for leaf in leaves:
@@ -156,7 +161,7 @@ class Builder:
             owner=owner,
             slots=tuple(slots),
             consumers=tuple(self._consumers(leaf)),
-            order=max(leaf.read or leaf.paired),
+            order=max(leaf.read or leaf.paired or leaf.made),
             reason=reason,
             norm=norm,
             edits=tuple(self._conv_groups(leaf)),
@@ -235,8 +240,8 @@ class Builder:
         call = self.called.get(path)
         if call is None:
             return False
-        outside = [d for axes in (*call.in_axes, call.result) for d in axes]
-        return not any(self.space.contains(d, leaf) for d in outside)
+        outside = [d for axes in (*call.in_axes, *call.out_axes) for d in axes]
+        return self.trace.used.issuperset(call.outs) and not any(self.space.contains(d, leaf) for d in outside)
 
     def _consumers(self, leaf: Leaf) -> list[Consumer]:
         out = []

@@ -139,6 +139,7 @@ class Trace:
         skips: residual additions, in order.
         calls: module calls in order of entry.
         shapes: for each module path, the axes whose sizes its code named: it reshaped, split, expanded, grouped.
+        used: nodes that some operation read, or that the model returned.
         foreign: axes of tensors that were neither arguments, parameters, buffers nor made during the run.
         batch: size of the traced batch.
     """
@@ -149,6 +150,7 @@ class Trace:
     skips: list[Skip] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     shapes: dict[str, list[Dim]] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
     foreign: list[tuple[Dim, ...]] = field(default_factory=list)
     batch: int = 1
 
@@ -262,6 +264,8 @@ def trace_model(model: nn.Module, forward: Callable[[nn.Module, Any], Any], exam
         out = forward(model, example)
     for tensor in tensors_in(out):
         if tensor in tracer.info:
+            tracer.trace.used.add(tracer.info[tensor].node)
             for dim in tracer.info[tensor].axes:
                 tracer.space.note(dim, Note("output", "", "the model's output"))
+    tracer.space.forget_unused(tracer.trace.used)
     return tracer.trace

@@ -64,7 +64,7 @@ class Verifier:
             else:
                 out[name] = group
         self.inputs.clear()
-        return out
+        return _apart(self.model, out)
 
     def _capture(self, owners: Iterable[str]) -> None:
         """Run the model once and keep the inputs of the modules to be proved."""
@@ -156,6 +156,32 @@ class Verifier:
         except Exception as e:  # the module's own code refusing the size is an answer, not a crash
             return _one_line(e)
         return compare(reference, out)
+
+
+def _apart(model: nn.Module, groups: dict[str, PrunableGroup]) -> dict[str, PrunableGroup]:
+    """The groups, those refused that share an attribute with an earlier one as its factor.
+
+    An edit subtracts. Two groups side by side in one size may both do so; query heads, counted as key/value heads
+    times heads for each, fall by a product when both are cut.
+    """
+    out: dict[str, PrunableGroup] = {}
+    counted: dict[tuple, list[tuple[PrunableGroup, int]]] = {}
+    for name, group in groups.items():
+        reason = group.reason
+        for edit in group.edits if group.cuttable else ():
+            place = (edit.module, edit.attr, edit.index)
+            value = getattr(model.get_submodule(edit.module), edit.attr)
+            value = value if edit.index is None else value[edit.index]
+            others = counted.get(place, [])
+            if sum(n for _, n in others) + edit.per_unit * group.size > value:
+                reason = f"'{edit.attr}' counts these units times those of '{others[0][0].name}'; cut those instead"
+                break
+        else:
+            for edit in group.edits if group.cuttable else ():
+                place = (edit.module, edit.attr, edit.index)
+                counted.setdefault(place, []).append((group, edit.per_unit * group.size))
+        out[name] = replace(group, reason=reason)
+    return out
 
 
 def compare(reference: list[Tensor], out: list[Tensor], tolerance: float = TOLERANCE) -> str:

@@ -21,6 +21,11 @@ from torch import Tensor, nn
 class HeadwiseAttention(nn.MultiheadAttention):
     """Drop-in for a batch of queries, keys and values; parameters and outputs are those of the parent class."""
 
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """False, so that `nn.TransformerEncoderLayer` does not hand cut weights to its fused kernel."""
+        return False
+
     def forward(
         self,
         query: Tensor,

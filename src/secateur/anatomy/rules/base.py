@@ -111,9 +111,15 @@ class Op:
         except Misaligned:
             self.pin([a, b], "opaque", f"an uneven regrouping before {self.name}")
 
-    def pin(self, dims: Sequence[Dim], kind: str, text: str | None = None) -> None:
+    @property
+    def coming(self) -> range:
+        """The nodes that the results are about to be."""
+        return range(self.tracer.nodes, self.tracer.nodes + len(self.outs))
+
+    def pin(self, dims: Sequence[Dim], kind: str, text: str | None = None, *, if_used: bool = False) -> None:
+        """Note why units along these Dims are not free; `if_used`: unless nothing ever reads the results."""
         for dim in dims:
-            self.space.note(dim, Note(kind, self.tracer.where, text or self.name))
+            self.space.note(dim, Note(kind, self.tracer.where, text or self.name), self.coming if if_used else ())
 
     def names(self, *axes: Dim) -> None:
         """The running module's code named these sizes: its attributes may have to follow when they change."""
@@ -147,6 +153,7 @@ class Op:
 def apply_rule(tracer: Tracer, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
     """Find and apply the rule of an operation; without one, or where axes do not align, pin what it touches."""
     op = Op(tracer, func, args, kwargs, out)
+    tracer.trace.used.update(tracer.info[t].node for t in op.tensors if t in tracer.info)
     if not op.outs:
         if op.tensors and op.name not in {"_assert_async", "_assert_tensor_metadata", "is_same_size", "equal"}:
             _opaque(op)

@@ -46,7 +46,7 @@ def reduce(op: Op) -> None:
     if len(op.tensors) > 1:
         raise Misaligned  # max(a, b) of tensors is pointwise and tagged so; anything else here is unknown
     gone = _dims(op.args.get("dim"), len(before))
-    op.pin([before[d] for d in gone], "reduce")
+    op.pin([before[d] for d in gone], "reduce", if_used=True)
     for out in op.outs:
         if op.args.get("keepdim") and out.dim() == len(before):
             axes = [op.space.new(1) if i in gone else d for i, d in enumerate(before)]
