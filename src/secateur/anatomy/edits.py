@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 from torch import nn
@@ -25,17 +25,20 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
     """
     clear: list[AttrEdit] = []
     doubtful: list[AttrEdit] = []
+    called = {call.path for call in trace.calls}
     for path, axes in trace.shapes.items():
         if not (path == group.owner or path.startswith(group.owner + ".") or not group.owner):
             continue
         sizes = _sizes(trace, axes, leaf)
         if not sizes or isinstance(model.get_submodule(path), (nn.Linear, nn.modules.conv._ConvNd)):
             continue
+        if group.kind in (Kind.HEADS, Kind.KV_GROUPS):
+            sizes.setdefault(leaf.size, 1)  # heads may only ever be named as batch * heads
         others = {d.size for d in axes if not trace.space.contains(d, leaf)}
-        for attr, index, value in _ints(model.get_submodule(path)):
+        for where, attr, index, value in _named_ints(model, path, called):
             if value not in sizes:
                 continue
-            edit = AttrEdit(path, attr, sizes[value], index)
+            edit = AttrEdit(where, attr, sizes[value], index)
             certain = (
                 _HEADS.search(attr)
                 if value == leaf.size and group.kind in (Kind.HEADS, Kind.KV_GROUPS)
@@ -52,7 +55,9 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
     # Of several attributes of equal value (4 heads of size 4), perhaps only one does.
     names = dict.fromkeys(e.attr for e in clear + doubtful)
     alone = [[e for e in clear + doubtful if e.attr == name] for name in names]
-    for extra in (clear, [*clear, *doubtful], *single, *alone, []):
+    each = dict.fromkeys((e.attr, e.index) for e in doubtful)
+    added = [[*clear, *(e for e in doubtful if (e.attr, e.index) == key)] for key in each]
+    for extra in (clear, *added, [*clear, *doubtful], *single, *alone, []):
         yield (*group.edits, *dict.fromkeys(extra))
 
 
@@ -91,6 +96,16 @@ def _sizes(trace: Trace, axes: list[Dim], leaf: Dim) -> dict[int, int]:
                 continue
             sizes.setdefault(dim.size, owned // leaf.size)
     return sizes
+
+
+def _named_ints(model: nn.Module, path: str, called: Set[str]) -> Iterator[tuple[str, str, int | None, int]]:
+    """Attributes of a module, and of those inside it whose methods it runs uncalled (`rel_pos.get_bias()`)."""
+    for attr, index, value in _ints(model.get_submodule(path)):
+        yield path, attr, index, value
+    for name, _ in model.get_submodule(path).named_children():
+        inside = f"{path}.{name}" if path else name
+        if inside not in called:
+            yield from _named_ints(model, inside, called)
 
 
 def _ints(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:

@@ -101,9 +101,10 @@ class Verifier:
                     continue
                 tried.add((edits, rewrites))
                 attempt = replace(group, edits=edits, rewritten=rewrites)
-                error = self._attempt(attempt, keep, reference, run)
-                if not error:
+                failure = self._attempt(attempt, keep, reference, run)
+                if not failure:
                     return attempt
+                error = error or failure  # of the most likely edits
         return replace(group, reason=f"{self._class(group)} cannot run with fewer units: {error}")
 
     def _class(self, group: PrunableGroup) -> str:
