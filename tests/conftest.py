@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +135,87 @@ def shallow(tmp_path_factory) -> Path:
     args = {k: v for k, v in shape.items() if k != "pretrained"}
     save_for_hf(model, str(folder), model_config={"model_args": args}, safe_serialization=True)
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@dataclass
+class Ended:
+    """What a command printed and its exit status."""
+
+    out: str
+    err: str
+    status: int
+
+    @property
+    def error(self) -> str:
+        """The one line of a refusal."""
+        lines = self.err.splitlines()
+        assert self.status == 1, self
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+
+def run_command(*arguments: object) -> int:
+    """`secateur ARGUMENTS` in this process."""
+    from secateur.cli.app import main
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        for name in (
+            "TRANSFORMERS_VERBOSITY",
+            "HF_HUB_VERBOSITY",
+            "TORCH_CPP_LOG_LEVEL",
+            "HF_HUB_DISABLE_PROGRESS_BARS",
+        ):
+            patch.delenv(name, raising=False)
+        patch.setenv("COLUMNS", "80")
+        try:
+            main()
+        except SystemExit as e:
+            return e.code or 0
+    return 0
+
+
+@pytest.fixture
+def secateur(capfd) -> Callable[..., Ended]:
+    """The command line, in this process."""
+
+    def run(*arguments: object) -> Ended:
+        capfd.readouterr()
+        status = run_command(*arguments)
+        return Ended(*capfd.readouterr(), status)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def made(shallow, photos, tmp_path_factory):
+    """A folder with stats.safetensors, plan.json and small/, made by the commands."""
+    root = tmp_path_factory.mktemp("made")
+    stats, plan = root / "stats.safetensors", root / "plan.json"
+    assert run_command("calibrate", shallow, "--images", photos, "--out", stats) == 0
+    assert run_command("plan", shallow, "--statistics", stats, "--keep-params", 0.75, "--out", plan) == 0
+    cut = ("--statistics", stats, "--compensate", "sequential", "--images", photos)
+    assert run_command("prune", shallow, "--plan", plan, *cut, "--out", root / "small") == 0
+    return root
+
+
+@pytest.fixture
+def here(shallow, photos, made, tmp_path, monkeypatch):
+    """An empty working folder with links dense/, photos/, stats.safetensors, plan.json and small/."""
+    for name, target in {"dense": shallow, "photos": photos, **{p.name: p for p in made.iterdir()}}.items():
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

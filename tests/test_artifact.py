@@ -271,18 +271,6 @@ def test_a_full_disk_leaves_the_old_folder(saved, vit, monkeypatch):
         assert [p.name for p in saved.parent.iterdir()] == ["small"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_really_full_disk(vit, small_disk, tmp_path):
     with pytest.raises(ArtifactError, match="disk is full"):
         sc.save(vit, small_disk / "small")

@@ -67,6 +67,11 @@ def evaluate(
     title = "Kept"
     if images is not None and against is not None:
         dense = load_model(against, **options)
+        sizes = [" x ".join(map(str, source_of(m).image.size)) for m in (loaded, dense)]
+        if sizes[0] != sizes[1]:
+            raise DataError(
+                f"'{model}' takes images of {sizes[0]}, '{against}' of {sizes[1]}; compare with its own dense model"
+            )
         data = batches(images, source_of(dense).image, size=batch_size, limit=limit, seed=seed, broken=broken)
         found = fidelity(loaded, dense, data)
         rows += fidelity_rows(found.to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -57,7 +58,8 @@ def inspect(
     if rest:
         typer.secho("Cannot be cut", bold=True)
     for reason, names in rest.items():
-        typer.echo("\n".join([f"  {reason}:", *(f"    {name}" for name in names)]))
+        typer.echo(textwrap.fill(f"{reason}:", 80, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
+        typer.echo("\n".join(f"    {name}" for name in names))
     none = 1 - anatomy.params_after(dict.fromkeys(anatomy.cuttable, 0)) / anatomy.params
     typer.echo(f"\n{none:.1%} of the parameters belong to units that can be cut.")
 

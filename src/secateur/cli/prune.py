@@ -65,5 +65,7 @@ def prune(
     )
     save(small, out)
     before, after = parameters(loaded), parameters(small)
+    if after == before:
+        typer.echo("note: nothing was cut: the plan keeps every unit", err=True)
     typer.echo(f"{scaled(before)} -> {scaled(after)} parameters ({after / before:.1%})")
     typer.echo(loadable(out))

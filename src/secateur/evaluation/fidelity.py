@@ -46,7 +46,7 @@ def fidelity(cut: nn.Module, dense: nn.Module, data: Batches) -> Fidelity:
     """Run both models over the images, batch by batch, and compare; only embeddings are kept.
 
     Raises:
-        DataError: fewer than two images could be read.
+        DataError: fewer than two images could be read, or the features cannot be compared.
     """
     embeddings: dict[str, list[Tensor]] = {"cut": [], "dense": []}
     patches, agree, images, tokens = 0.0, 0, 0, 0
@@ -68,6 +68,14 @@ def fidelity(cut: nn.Module, dense: nn.Module, data: Batches) -> Fidelity:
     if images < 2:
         raise DataError(f"fidelity needs at least 2 readable images, found {images}")
     a_ND, b_ND = (torch.cat(embeddings[k]) for k in ("cut", "dense"))
+    if a_ND.shape != b_ND.shape:
+        raise DataError(
+            f"the models' features differ in length ({a_ND.shape[1]} and {b_ND.shape[1]}); compare a cut model with the "
+            "dense one that it was cut from"
+        )
+    for name, rows in (("cut", a_ND), ("dense", b_ND)):
+        if not torch.isfinite(rows).all():
+            raise DataError(f"the {name} model's features are not finite (NaN or infinity); check its weights")
     return Fidelity(
         cls_cosine=float(F.cosine_similarity(a_ND, b_ND, dim=-1).mean()),
         patch_cosine=patches / tokens if tokens else None,
