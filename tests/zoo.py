@@ -325,6 +325,10 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, torch.Tensor]], str]] = {
     "tied dictionary": (lambda: on_tokens(Ista), "tied dictionary"),
     "softmax over units": (lambda: on_tokens(lambda: Around(lambda x: x.softmax(-1))), "softmax couples all units"),
     "sum over units": (lambda: on_tokens(lambda: Around(lambda x: x / x.sum(-1, keepdim=True))), "couples all units"),
+    "sum over units, read in Python": (
+        lambda: on_tokens(lambda: Around(lambda x: x * x.sum(-1).tolist()[0][0])),
+        "couples all units",
+    ),
     "units shuffled": (lambda: on_tokens(lambda: Around(lambda x: x.roll(1, -1))), "addressed by roll"),
     "an operation without a rule": (
         lambda: on_tokens(lambda: Around(torch.tril)),

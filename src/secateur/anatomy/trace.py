@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -220,6 +221,19 @@ class Tracer(TorchDispatchMode):
                 self.info[tensor] = replace(info, branch=replace(branch, order=tuple(range(tensor.dim()))))
 
 
+class _PythonReads(TorchFunctionMode):
+    """Marks as used what leaves for Python without an operation that a dispatch mode would see."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.tolist and args[0] in self.tracer.info:
+            self.tracer.trace.used.add(self.tracer.info[args[0]].node)
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _module_stack(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     handles = []
@@ -260,7 +274,7 @@ def trace_model(model: nn.Module, forward: Callable[[nn.Module, Any], Any], exam
         node = tracer.new_node()
         tracer.info[tensor] = Info(axes, act=True, node=node, past=1 << node)
     tracer.trace.batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _module_stack(tracer, model), tracer:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _module_stack(tracer, model), _PythonReads(tracer), tracer:
         out = forward(model, example)
     for tensor in tensors_in(out):
         if tensor in tracer.info:
