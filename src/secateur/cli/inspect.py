@@ -51,7 +51,7 @@ def inspect(
         params, macs = (sum(getattr(g, what) * g.size for g in groups) for what in ("unit_params", "unit_macs"))
         shares = f"{params / anatomy.params:.1%}", f"{macs / max(anatomy.macs, 1):.1%}"
         rows.append((name, str(first.size), *shares, _note(first)))
-    columns = ["group", "units", "parameters", "MACs", "note"]
+    columns = ["group", "units", "params", "MACs", "note"]
     if not any(row[-1] for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     show("Can be cut", columns, rows)

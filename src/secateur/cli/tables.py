@@ -113,4 +113,4 @@ def kept(groups: Mapping[str, Kept], everything: bool = False) -> None:
         counts = [len(groups[n].keep) for n in names]
         span = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         rows.append((label(names), str(size), span, f"{sum(counts) / len(counts) / size:.1%}"))
-    show("Units kept", ("group", "units", "kept", "mean share"), rows)
+    show("Units kept", ("group", "units", "kept", "share"), rows)
