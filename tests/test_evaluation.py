@@ -62,6 +62,19 @@ def test_one_image_is_too_few(vit):
         sc.fidelity(vit, vit, sc.batches(torch.randn(1, 3, 32, 32), sc.source_of(vit).image))
 
 
+def test_features_that_cannot_be_compared(vit):
+    images = sc.batches(torch.randn(4, 3, 32, 32), sc.source_of(vit).image)
+    wide, sound = (sc.load_model("timm/test_vit", pretrained=False, img_size=32, embed_dim=128) for _ in range(2))
+    with pytest.raises(
+        sc.SecateurError, match=r"differ in length \(128 and 64\); compare a cut model with the dense one"
+    ):
+        sc.fidelity(wide, vit, images)
+    with torch.no_grad():
+        wide.norm.weight[3] = float("nan")
+    with pytest.raises(sc.SecateurError, match="the dense model's features are not finite"):
+        sc.fidelity(sound, wide, images)
+
+
 def test_macs_of_a_vit_match_the_formula(vit):
     tokens, width, hidden, depth, heads_width = 5, 64, 192, 6, 64
     block = tokens * (width * 3 * heads_width + heads_width * width + 2 * width * hidden) + 2 * tokens**2 * heads_width

@@ -70,8 +70,8 @@ def fidelity(cut: nn.Module, dense: nn.Module, data: Batches) -> Fidelity:
     a_ND, b_ND = (torch.cat(embeddings[k]) for k in ("cut", "dense"))
     if a_ND.shape != b_ND.shape:
         raise DataError(
-            f"the models' features differ in length ({a_ND.shape[1]} and {b_ND.shape[1]}); compare a cut model with the "
-            "dense one that it was cut from"
+            f"the models' features differ in length ({a_ND.shape[1]} and {b_ND.shape[1]}); compare a cut model with "
+            "the dense one that it was cut from"
         )
     for name, rows in (("cut", a_ND), ("dense", b_ND)):
         if not torch.isfinite(rows).all():
