@@ -65,9 +65,7 @@ def test_one_image_is_too_few(vit):
 def test_features_that_cannot_be_compared(vit):
     images = sc.batches(torch.randn(4, 3, 32, 32), sc.source_of(vit).image)
     wide, sound = (sc.load_model("timm/test_vit", pretrained=False, img_size=32, embed_dim=128) for _ in range(2))
-    with pytest.raises(
-        sc.SecateurError, match=r"differ in length \(128 and 64\); compare a cut model with the dense one"
-    ):
+    with pytest.raises(sc.SecateurError, match=r"differ in length \(128 and 64\); compare a cut model"):
         sc.fidelity(wide, vit, images)
     with torch.no_grad():
         wide.norm.weight[3] = float("nan")
