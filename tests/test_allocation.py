@@ -123,7 +123,7 @@ def test_two_budgets_are_refused():
 
 @pytest.mark.parametrize("method", ["uniform", "global", "curve"])
 def test_unreachable_budget_says_what_can_be_reached(method):
-    with pytest.raises(sc.SecateurError, match=r"cannot be reached.*floor of 50%.*at least|lower the floor"):
+    with pytest.raises(sc.SecateurError, match=r"cannot be reached.*floor of 50%.*at least|lower floor or align"):
         sc.allocate(make([64, 64], [50, 50]), 0.2, method, floor=0.5)
 
 

@@ -218,13 +218,24 @@ def test_notes_are_lines_on_standard_error(secateur, here):
 
 
 @pytest.mark.parametrize("name", ["hf-dinov2", "open_clip"])
-def test_other_libraries_from_a_folder(secateur, model_folders, photos, tmp_path, name):
-    done = secateur("compress", model_folders[name], "--images", photos, "--keep-macs", 0.8, "--out", tmp_path / "out")
-    assert done.status == 0, done.err
-    assert "Traceback" not in done.err
-    assert len(done.err.splitlines()) <= 1  # of transformers: no preprocessor_config.json
-    macs = json.loads((tmp_path / "out" / "secateur.json").read_text())["figures"]["table"][1]
-    assert macs["ratio"] <= 0.8
+def test_every_command_on_a_folder_of_another_library(secateur, model_folders, here, name):
+    dense, few = model_folders[name], ("--images", "photos", "--limit", 12)
+    for command in (
+        ("inspect", dense),
+        ("calibrate", dense, *few, "--out", "s.st"),
+        ("plan", dense, "--statistics", "s.st", "--keep-macs", 0.8, "--out", "p.json"),
+        ("prune", dense, "--plan", "p.json", "--statistics", "s.st", "--out", "cut"),
+        ("evaluate", "cut", "--against", dense, *few),
+        ("measure", "cut", "--against", dense, "--rounds", 2),
+        ("compress", dense, *few, "--keep-macs", 0.8, "--out", "out"),
+    ):
+        done = secateur(*command)
+        assert done.status == 0, done.err
+        assert_readable(done.out.replace(str(dense), "dense"))
+        assert len(done.err.splitlines()) <= 1  # of transformers: no preprocessor_config.json
+    for folder in ("cut", "out"):
+        assert sc.macs(sc.load(folder)) < sc.macs(sc.load_model(dense))
+    assert json.loads(Path("out/secateur.json").read_text())["figures"]["table"][1]["ratio"] <= 0.8
 
 
 # Pictures

@@ -77,7 +77,7 @@ def refused(secateur, here):
         (("demo", "--keep-params", 3), "above 0 and at most 1"),
         (PLAN, "give exactly one of params, macs and quality"),
         ((*PLAN, "--keep-params", 0), "above 0 and at most 1"),
-        ((*PLAN, "--keep-params", 0.3), "raise the budget or lower the floor"),
+        ((*PLAN, "--keep-params", 0.3), "raise the budget, or lower floor or align"),
         ((*PLAN, *BUDGET, "--kinds", "neurons"), "no scored group is of kind neurons; this model has heads, hidden"),
         ((*PLAN, *BUDGET, "--criterion", "ob"), "unknown criterion 'ob'. Did you mean 'obs'?"),
         ((*PLAN, *BUDGET, "--allocator", "unifrom"), "Did you mean 'uniform'?"),
@@ -284,7 +284,9 @@ def test_files_that_are_no_plan(refused):
 
 
 @pytest.mark.parametrize("command", [(*COMPRESS, *BUDGET), CALIBRATE, (*PLAN, *BUDGET), PRUNE])
-def test_places_that_are_taken(refused, here, command):
+def test_places_that_are_taken_are_found_out_before_a_model_is_loaded(refused, here, monkeypatch, command):
+    for place in ("secateur.artifact.load_model", "secateur.workflow.load_model"):
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("a model was loaded"))
     (here / "mine").write_text("mine")
     (here / "full").mkdir()
     (here / "full" / "mine").write_text("mine")

@@ -132,7 +132,7 @@ def untouched(*_, **__):
         ({"keep_params": 1.5}, BudgetError, "above 0 and at most 1"),
         ({"keep_params": 75}, BudgetError, "for 75 percent give 0.75"),
         ({"keep_params": 0.05}, BudgetError, r"cannot be reached: with a floor of 10% in every group .* remain"),
-        ({"floor": 0.9}, BudgetError, "raise the budget or lower the floor"),
+        ({"floor": 0.9}, BudgetError, "raise the budget, or lower floor or align"),
         ({"floor": 1.0}, BudgetError, "floor is a share below 1"),
         ({"kinds": ("neurons",)}, BudgetError, "no group of kind 'neurons' can be cut; this model has heads, hidden"),
         ({"criterion": "obss"}, RegistryError, "unknown criterion 'obss'. Did you mean 'obs'?"),

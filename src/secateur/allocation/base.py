@@ -117,7 +117,7 @@ def check_reachable(problem: Problem) -> None:
         dense = problem.cost({})
         raise BudgetError(
             f"the budget of {problem.target / dense:.1%} of the {problem.kind} cannot be reached: with a floor of "
-            f"{problem.floor:.0%} in every group {least / dense:.1%} remain; raise the budget or lower the floor"
+            f"{problem.floor:.0%} in every group {least / dense:.1%} remain; raise the budget, or lower floor or align"
         )
 
 
