@@ -6,6 +6,7 @@ import torch
 import secateur as sc
 from secateur.plan import Kept, Plan
 from secateur.replay import Prefix, Spool
+from secateur.surgery.sequential import RIDGES, _Moments
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,39 @@ def test_copies_are_recovered_exactly(vit):
     with torch.no_grad():
         a, b = model(images[:8]), small(images[:8])
     assert float((a - b).abs().max()) < 2e-3 * float(a.abs().max())
+
+
+@pytest.mark.parametrize(("noise", "images"), [(0.0, 40), (30.0, 12), (0.3, 31)])
+def test_the_ridge_is_the_best_of_two_fold_cross_validation(noise, images):
+    rng = torch.Generator().manual_seed(0)
+    h, w = torch.randn(images, 5, 6, generator=rng), torch.randn(6, 3, generator=rng)
+    y = h @ w + 1.0 + noise * torch.randn(images, 5, 3, generator=rng)
+    weights = torch.rand(5, generator=rng)
+    moments = _Moments(6, 3)
+    for a, b in ((0, 7), (7, images)):
+        moments.add(h[a:b], y[a:b], weights)
+
+    def fit(x, t, w, ridge):
+        x1 = torch.cat([x, torch.ones_like(x[:, :1])], 1).double()
+        moment = x1.T @ (w[:, None] * x1)
+        penalty = ridge * moment.diagonal()[:-1].mean() * torch.ones(7)
+        penalty[-1] = 1e-6 * moment[-1, -1]
+        return torch.linalg.solve(moment + penalty.diag(), x1.T @ (w[:, None] * t.double()))
+
+    def rows(part):
+        return h[part].flatten(0, 1), y[part].flatten(0, 1), weights.repeat(len(h[part])).double()
+
+    def error(ridge):
+        total = 0.0
+        for mine, other in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+            step = fit(*rows(mine), ridge)
+            x, t, w = rows(other)
+            total += float((w[:, None] * (x @ step[:-1].float() + step[-1].float() - t) ** 2).sum())
+        return total
+
+    best = fit(*rows(slice(None)), min(RIDGES, key=error))
+    step, shift = moments.solve(constant=True)
+    assert torch.allclose(torch.cat([step, shift[None]]), best, rtol=1e-4, atol=1e-4)
 
 
 def test_needs_images(vit):

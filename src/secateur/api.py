@@ -123,7 +123,7 @@ def _cut(
         model, plan, anatomy=anatomy, compensate=compensate, statistics=stats, ridge=ridge, add_bias=add_bias
     )
     images = batches(data, source_of(model).image, size=batch_size, limit=limit, seed=seed)
-    added = refit_(small, model, anatomy, images, statistics=stats, ridge=ridge, add_bias=add_bias)
+    added = refit_(small, model, anatomy, images, statistics=stats, add_bias=add_bias)
     recipe = recipe_of(small)
     recipe.biases.extend(name for name in added if name not in recipe.biases)
     mark_as_cut(small, recipe, plan_of(small) or plan)

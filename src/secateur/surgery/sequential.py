@@ -7,8 +7,9 @@ on the cut model's own h: the layer makes up for what was lost before it, not on
 write into the stream are refit to the dense model's output of that layer. Positions count by how much an error there
 moves the model's features (`LayerSums.position_weights`).
 
-The regression is pulled towards the weight it starts from (the affine fold) by a ridge. Blocks already passed are
-answered from disk (`secateur.replay`), so each block runs about three times in all, whatever the depth.
+The regression is pulled towards the weight it starts from (the affine fold) by a ridge, for each layer the one under
+which each half of the images predicts the other best. Blocks already passed are answered from disk
+(`secateur.replay`), so each block runs about four times in all, whatever the depth.
 
 Shapes: B images, P positions, N inputs of a layer, D outputs.
 """
@@ -27,6 +28,7 @@ from secateur.anatomy.types import Anatomy, Consumer
 from secateur.calibration.collect import as_output, rows, scale_of
 from secateur.calibration.statistics import Statistics
 from secateur.data import Batches
+from secateur.linalg import damped_cholesky
 from secateur.models import forward
 from secateur.nn.attention import explicit_attention
 from secateur.nn.params import owner_of
@@ -34,6 +36,8 @@ from secateur.progress import track
 from secateur.replay import Prefix, Spool, Stop, grabbed
 from secateur.surgery.cut import check_plan, plan_of, tensor_masks
 from secateur.surgery.layer import add_to_bias_, read_weight, write_weight_
+
+RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # relative to the inputs' mean square, strongest first
 
 
 @dataclass
@@ -61,7 +65,6 @@ def refit_(
     data: Batches,
     *,
     statistics: Statistics | None = None,
-    ridge: float = 1e-3,
     power: float = 0.5,
     add_bias: bool = True,
 ) -> list[str]:
@@ -73,7 +76,6 @@ def refit_(
         anatomy: of the dense model.
         data: images, read several times.
         statistics: of the dense model, for the weights of positions.
-        ridge: relative to the mean diagonal of the layer's second moment.
         power: exponent of the gradient energy in a position's weight.
         add_bias: give layers without a bias one.
 
@@ -99,7 +101,7 @@ def refit_(
             here = [t for t in targets if t.stage == stage]
             runner.keep_dense(stage, here)
             for target in here:
-                added += _refit_layer(small, target, runner, statistics, ridge, power, add_bias)
+                added += _refit_layer(small, target, runner, statistics, power, add_bias)
             runner.advance("cut", stage)
         return added
 
@@ -212,7 +214,6 @@ def _refit_layer(
     target: _Target,
     runner: _Runner,
     statistics: Statistics | None,
-    ridge: float,
     power: float,
     add_bias: bool,
 ) -> list[str]:
@@ -239,7 +240,7 @@ def _refit_layer(
         weights = energy if energy is not None and len(energy) == h_BPN.shape[1] else None
         moments.add(h_BPN, gap_BPD, weights)
         runner.spool.drop((path, index))
-    step_ND, shift_D = moments.solve(ridge, constant)
+    step_ND, shift_D = moments.solve(constant)
     write_weight_(small, consumer, (start_ND + step_ND)[:, :, None])
     name = add_to_bias_(small, consumer, shift_D, may_add=add_bias)
     return [name] if name else []
@@ -255,33 +256,48 @@ def _scale(model: nn.Module, target: _Target) -> Tensor | float:
 
 
 class _Moments:
-    """Weighted sums for the regression of a gap [.., D] on inputs [.., N] and a constant."""
+    """Weighted sums, over either half of the images, for the regression of a gap on inputs and a constant."""
 
     def __init__(self, n: int, d: int) -> None:
-        self.moment = torch.zeros(n + 1, n + 1)
-        self.cross = torch.zeros(n + 1, d)
+        self.moments = [torch.zeros(n + 1, n + 1) for _ in range(2)]
+        self.crosses = [torch.zeros(n + 1, d) for _ in range(2)]
+        self.images = 0
 
     def add(self, h_BPN: Tensor, gap_BPD: Tensor, weights_P: Tensor | None) -> None:
         ones = torch.ones_like(h_BPN[..., :1])
-        x = torch.cat([h_BPN, ones], -1).float()
-        wx = x if weights_P is None else x * weights_P.to(x)[None, :, None]
-        x, wx, gap = x.flatten(0, 1), wx.flatten(0, 1), gap_BPD.flatten(0, 1).float()
-        self.moment += (wx.T @ x).cpu()
-        self.cross += (wx.T @ gap).cpu()
+        x_BPN = torch.cat([h_BPN, ones], -1).float()
+        wx_BPN = x_BPN if weights_P is None else x_BPN * weights_P.to(x_BPN)[None, :, None]
+        for half in range(2):
+            every_other = slice((half + self.images) % 2, None, 2)
+            x, wx, gap = (t[every_other].flatten(0, 1) for t in (x_BPN, wx_BPN, gap_BPD))
+            self.moments[half] += (wx.T @ x).cpu()
+            self.crosses[half] += (wx.T @ gap.float()).cpu()
+        self.images += h_BPN.shape[0]
 
-    def solve(self, ridge: float, constant: bool) -> tuple[Tensor, Tensor]:
+    def solve(self, constant: bool) -> tuple[Tensor, Tensor]:
         """Step of the weight [N, D] and of the bias [D], float64."""
-        moment, cross = self.moment.double(), self.cross.double()
-        n = len(moment) - 1
-        if not constant:
-            moment, cross = moment[:n, :n], cross[:n]
-        scale = moment.diagonal()[:n].mean().clamp_min(1e-12)
-        penalty = torch.full((len(moment),), float(ridge * scale), dtype=torch.double)
-        if constant:
-            penalty[n] = 1e-9 * moment[n, n]
-        factor, failed = torch.linalg.cholesky_ex(moment + penalty.diag())
-        if failed:
-            penalty[:n] += 1e-3 * scale
-            factor = torch.linalg.cholesky(moment + penalty.diag())
-        step = torch.cholesky_solve(cross, factor)
-        return step[:n], step[n] if constant else torch.zeros(cross.shape[1], dtype=torch.double)
+        n = len(self.moments[0]) - 1
+        size = n + 1 if constant else n
+        moments = [m[:size, :size] for m in self.moments]
+        crosses = [c[:size] for c in self.crosses]
+        ridge = min(RIDGES, key=lambda r: _cross_validated(moments, crosses, n, r))
+        moment, cross = (torch.stack(halves).double().sum(0) for halves in (moments, crosses))
+        step = _regress(moment, cross, n, ridge)
+        return step[:n], step[n] if constant else torch.zeros(step.shape[1], dtype=torch.double)
+
+
+def _cross_validated(moments: list[Tensor], crosses: list[Tensor], n: int, ridge: float) -> float:
+    """Squared error, up to a constant, of each half under the regression on the other half."""
+    error = 0.0
+    for mine, other in ((0, 1), (1, 0)):
+        step = _regress(moments[mine], crosses[mine], n, ridge)
+        error += float((step * (moments[other] @ step - 2 * crosses[other])).sum())
+    return error
+
+
+def _regress(moment: Tensor, cross: Tensor, n: int, ridge: float) -> Tensor:
+    """Ridge regression; the first n inputs are shrunk, relative to their mean square, the constant is not."""
+    scale = moment.diagonal()[:n].mean().clamp_min(1e-12)
+    penalty = torch.full((len(moment),), float(ridge * scale), dtype=moment.dtype)
+    penalty[n:] = 1e-6 * moment.diagonal()[n:]
+    return torch.cholesky_solve(cross, damped_cholesky(moment + penalty.diag(), 0.0))
