@@ -20,9 +20,10 @@ _INTRODUCTION = """\
 # Coverage
 
 Every family of timm, every vision class of transformers and every image tower of open_clip was built small (or as
-it is), given random weights, inspected, and cut in all groups at once to two thirds of their units, picked at random.
-It passes if the sliced model gives what the masked one gives, to {tolerance:g} of the largest output (in float64 where it
-runs in that), if masking changed the output, and if the parameters left are exactly those foretold.
+it is), given random weights, inspected, and cut in all groups at once to two thirds of their units, picked at
+random. It passes if the sliced model gives what the masked one gives, to {tolerance:g} of the largest output (in
+float64 where it runs in that), if masking changed the output, and if the parameters left are exactly those
+foretold.
 
     python benchmarks/coverage.py
 

@@ -13,6 +13,7 @@ from secateur.anatomy.trace import Trace
 from secateur.anatomy.types import Kind, PrunableGroup
 from secateur.nn.slicing import AttrEdit
 
+LIMIT = 12  # sets of edits: where none of so many works, the code does more with the size than count
 _NEVER = re.compile(r"window|patch|grid|stride|kernel|seq|resol|size_|_size$|pad|depth|layer_idx|block|shift|block")
 _HEADS = re.compile(r"^(?!.*(dim|size|width)).*(head|n_?group)")
 
@@ -25,7 +26,7 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
     """
     clear: list[AttrEdit] = []
     doubtful: list[AttrEdit] = []
-    called = {call.path for call in trace.calls}
+    called = {id(model.get_submodule(call.path)) for call in trace.calls}
     for path, axes in trace.shapes.items():
         if not (path == group.owner or path.startswith(group.owner + ".") or not group.owner):
             continue
@@ -57,27 +58,25 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
     alone = [[e for e in clear + doubtful if e.attr == name] for name in names]
     each = dict.fromkeys((e.attr, e.index) for e in doubtful)
     added = [[*clear, *(e for e in doubtful if (e.attr, e.index) == key)] for key in each]
-    for extra in (clear, *added, [*clear, *doubtful], *single, *alone, []):
+    sets = (clear, [], *added, [*clear, *doubtful], *alone, *single)
+    for extra in list(dict.fromkeys(map(tuple, sets)))[:LIMIT]:
         yield (*group.edits, *dict.fromkeys(extra))
 
 
-def size_is_named(trace: Trace, model: nn.Module, leaf: Dim) -> bool:
-    """Whether any module's own code may depend on the size of this dimension.
+def named_leaves(trace: Trace, model: nn.Module) -> set[Dim]:
+    """Leaves on whose size some module's own code may depend.
 
-    Code does that reshapes, splits or makes a constant along it, or that reshapes anything after having been handed a
-    tensor with this dimension (`B, C, H, W = x.shape`). Where none does, only standard layers see the size, and those
-    take it from their weights.
+    Code does that reshapes, splits or makes a constant along them, or that reshapes anything after having been handed a
+    tensor with them (`B, C, H, W = x.shape`). All other sizes only standard layers see, which take them from their
+    weights.
     """
-    made = {d for d, notes in trace.space.notes().items() if any(n.kind == "made" for n in notes)}
-    if trace.space.find(leaf) in made:
-        return True
+    space = trace.space
     standard = (nn.Linear, nn.modules.conv._ConvNd)
-    own = {p: axes for p, axes in trace.shapes.items() if not isinstance(model.get_submodule(p), standard)}
-    if any(trace.space.contains(d, leaf) for axes in own.values() for d in axes):
-        return True
-    return any(
-        trace.space.contains(d, leaf) for call in trace.calls if call.path in own for axes in call.in_axes for d in axes
-    )
+    own = {path: axes for path, axes in trace.shapes.items() if not isinstance(model.get_submodule(path), standard)}
+    dims = {space.find(d) for axes in own.values() for d in axes}
+    dims |= {space.find(d) for call in trace.calls if call.path in own for axes in call.in_axes for d in axes}
+    made = {leaf for leaf, notes in space.notes().items() if any(n.kind == "made" for n in notes)}
+    return made.union(*(space.leaves(d) for d in dims))
 
 
 def head_counts(model: nn.Module, path: str) -> dict[str, int]:
@@ -98,14 +97,13 @@ def _sizes(trace: Trace, axes: list[Dim], leaf: Dim) -> dict[int, int]:
     return sizes
 
 
-def _named_ints(model: nn.Module, path: str, called: Set[str]) -> Iterator[tuple[str, str, int | None, int]]:
+def _named_ints(model: nn.Module, path: str, called: Set[int]) -> Iterator[tuple[str, str, int | None, int]]:
     """Attributes of a module, and of those inside it whose methods it runs uncalled (`rel_pos.get_bias()`)."""
     for attr, index, value in _ints(model.get_submodule(path)):
         yield path, attr, index, value
-    for name, _ in model.get_submodule(path).named_children():
-        inside = f"{path}.{name}" if path else name
-        if inside not in called:
-            yield from _named_ints(model, inside, called)
+    for name, child in model.get_submodule(path).named_children():
+        if id(child) not in called:
+            yield from _named_ints(model, f"{path}.{name}" if path else name, called)
 
 
 def _ints(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:

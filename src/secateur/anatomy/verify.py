@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from secateur.anatomy.dims import Dim
-from secateur.anatomy.edits import candidate_edits, head_counts, size_is_named
+from secateur.anatomy.edits import candidate_edits, head_counts, named_leaves
 from secateur.anatomy.trace import Trace
 from secateur.anatomy.types import PrunableGroup
 from secateur.nn.attention import explicit_attention
@@ -45,10 +45,11 @@ class Verifier:
 
     def prove(self, groups: dict[str, PrunableGroup], leaves: dict[str, Dim]) -> dict[str, PrunableGroup]:
         """The groups, those that can be cut with the edits that it takes, the others with the reason."""
+        named = named_leaves(self.trace, self.model)
         signatures = {
             n: _signature(self.model, g)
             for n, g in groups.items()
-            if g.cuttable and size_is_named(self.trace, self.model, leaves[n])
+            if g.cuttable and self.trace.space.find(leaves[n]) in named
         }
         firsts = {sig: n for n, sig in reversed(signatures.items())}
         self._capture({groups[n].owner for n in firsts.values()})
