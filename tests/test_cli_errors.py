@@ -324,7 +324,8 @@ def test_a_full_disk(refused, secateur, small_disk, model_folders, monkeypatch):
             RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
             "out of memory; use",
         ),
-        (OSError(5, "Input/output error", "/mnt/x"), "Input/output error: /mnt/x; check the path and its permissions"),
+        (OSError(28, "No space left on device"), "No space left on device; check the path"),
+        (OSError(5, "Input/output error", "/mnt/x"), "Input/output error ('/mnt/x'); check the path, its permissions"),
     ],
 )
 def test_what_no_command_can_foresee(refused, monkeypatch, error, message):

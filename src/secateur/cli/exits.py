@@ -48,7 +48,8 @@ def run(command: Callable[[], None]) -> None:
             raise
         _fail("out of memory; use a smaller --batch-size or fewer images (--limit)")
     except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename or ''}; check the path and its permissions")
+        where = f" ('{error.filename}')" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}; check the path, its permissions and the space that is left")
 
 
 def _notes(error: BaseException) -> list[str]:
