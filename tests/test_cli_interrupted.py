@@ -26,6 +26,7 @@ def stopped(place: str, how: signal.Signals, *arguments) -> int:
     child = os.fork()
     if not child:
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
             times = iter(range(99))
             with pytest.MonkeyPatch.context() as patch:
                 module, _, name = place.rpartition(".")
@@ -122,7 +123,14 @@ def test_the_installed_command_from_start_to_interruption(place, model_folders):
     command = [Path(sys.executable).with_name("secateur"), *map(str, COMPRESS)]
     command[2] = str(model_folders["timm"])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.time() + 60
     while not (place / "small.work" / "plan.json").exists() and time.time() < deadline:
         time.sleep(0.005)
