@@ -9,7 +9,7 @@ everything is computed from the start instead.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,69 @@ class Prefix:
         finally:
             for module in stubbed:
                 del module.forward
+
+
+class Lead:
+    """What runs in a block before some layers start, computed once a batch and answered from disk after that.
+
+    Only what those layers do may differ from run to run.
+
+    Args:
+        block: the block.
+        until: the layers, inside it.
+    """
+
+    def __init__(self, block: nn.Module, until: Iterable[nn.Module]) -> None:
+        inside = {m: path for path, m in block.named_modules() if path}
+        self.until = [m for m in until if m in inside]
+        self.watched = {path: m for m, path in inside.items() if next(m.parameters(), None) is not None}
+        self._spool, self._known = Spool(), dict[Any, tuple[str, ...]]()
+
+    @contextmanager
+    def run(self, key: Any) -> Iterator[None]:
+        """Around one forward on the batch of that key."""
+        with self._answered(key) if key in self._known else self._remembered(key):
+            yield
+
+    @contextmanager
+    def _remembered(self, key: Any) -> Iterator[None]:
+        calls: dict[str, int] = {}
+        started: list[bool] = []
+
+        def see(path: str, out: Any) -> None:
+            calls[path] = calls.get(path, 0) + 1
+            if not started:
+                self._spool.put((key, path), tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, out))
+
+        handles = [m.register_forward_pre_hook(lambda _m, _a: started.append(True)) for m in self.until]
+        handles += [
+            m.register_forward_hook(lambda _m, _a, out, path=path: see(path, out)) for path, m in self.watched.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        once = [p for p, n in calls.items() if started and n == 1 and (key, p) in self._spool]
+        inner = {p for p in once for q in once if p.startswith(q + ".")}
+        self._known[key] = tuple(p for p in once if p not in inner)
+        for path in set(calls) - set(self._known[key]):
+            self._spool.drop((key, path))
+
+    @contextmanager
+    def _answered(self, key: Any) -> Iterator[None]:
+        before = {}
+        for path in self._known[key]:
+            module, value = self.watched[path], self._spool.get((key, path))
+            before[module] = vars(module).get("forward")
+            module.forward = lambda *_a, value=value, **_k: value
+        try:
+            yield
+        finally:
+            for module, forward in before.items():
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
 
 
 @contextmanager

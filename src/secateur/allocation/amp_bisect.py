@@ -6,7 +6,8 @@ mean entropy of the in-batch softmax over CLS similarities. The test is signed, 
 always accepted.
 
 The inputs of every block in the dense network are computed once and kept on disk, so that no block below the one
-searched is ever run again; groups already settled are sliced, not masked. Both leave every decision as it is.
+searched is ever run again; of that block, what comes before the layer whose inputs are masked runs once a batch. Groups
+already settled are sliced, not masked. All this leaves every decision as it is.
 
 Options: tolerance (5e-3), steps (6). With a budget of parameters or multiply-accumulates the tolerance itself is
 bisected (`rounds`, 5) on the same cached inputs, and the plan settled between the last two tolerances.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +32,7 @@ from secateur.errors import BudgetError
 from secateur.models import features
 from secateur.nn.attention import explicit_attention
 from secateur.progress import track
-from secateur.replay import Prefix, Spool
+from secateur.replay import Lead, Prefix, Spool
 
 
 @allocator("amp-bisect", measures=True)
@@ -82,17 +83,17 @@ class Search:
         model: the dense model.
         data: the images on which the entropy is measured.
         prefix: the dense model, to be run from the middle.
-        cached: answer blocks below from disk; False gives the naive search, for comparison.
-        block_runs: how many times a block was run, all told.
+        cached: answer what does not change from disk; False gives the naive search, for comparison.
     """
 
     model: nn.Module
     data: Batches
     prefix: Prefix
     cached: bool = True
-    block_runs: int = 0
     _spool: Spool = field(default_factory=Spool)
     _ready: bool = False
+    _dense: float = math.nan
+    _index: int = 0
 
     @classmethod
     def of(cls, problem: Problem, cached: bool = True) -> Search:
@@ -110,17 +111,17 @@ class Search:
         working = copy.deepcopy(self.model)
         kept = {g.name: g.size for g in problem.groups}
         with explicit_attention(self.model), explicit_attention(working):
-            self._prepare()
-            entropy = self._entropy(working, 0)
+            entropy = self._dense_entropy()
             for group in track(list(reversed(problem.groups)), "Bisecting widths"):
                 allowed = problem.allowed(group)
                 low, high = 0, len(allowed) - 1  # the smallest is never tried below, the whole is always accepted
                 accepted = entropy
+                lead = self._lead(working, group)
                 for _ in range(steps):
                     if low >= high:
                         break
                     middle = (low + high) // 2
-                    trial = self._masked_entropy(working, group, problem, allowed[middle])
+                    trial = self._masked_entropy(working, group, problem, allowed[middle], lead)
                     if trial - entropy <= tolerance:
                         high, accepted = middle, trial
                     else:
@@ -131,42 +132,50 @@ class Search:
                     cut_module_(working, group, keep)
         return kept
 
-    def _prepare(self) -> None:
-        """Run the dense model once and keep every block's output."""
-        if self._ready or not self.cached or not self.prefix.sound:
-            return
-        device = next(self.model.parameters()).device
-        for index, batch in enumerate(track(self.data, "Caching blocks")):
+    def _dense_entropy(self) -> float:
+        """Run the dense model, once, and keep every block's output."""
+        if math.isnan(self._dense):
+            keep = self.cached and self.prefix.sound
             with ExitStack() as stack:
-                for i, path in enumerate(self.prefix.blocks):
+                for i, path in enumerate(self.prefix.blocks if keep else ()):
                     hook = self.model.get_submodule(path).register_forward_hook(
-                        lambda _m, _a, out, i=i, index=index: self._spool.put((i, index), out)
+                        lambda _m, _a, out, i=i: self._spool.put((i, self._index), out)
                     )
                     stack.callback(hook.remove)
-                features(self.model, batch.to(device))
-            self.block_runs += len(self.prefix.blocks)
-        self._ready = True
+                self._dense = self._entropy(self.model, 0)
+            self._ready = keep
+        return self._dense
 
     def _stage(self, group: PrunableGroup) -> int:
         """The block that holds a group; groups outside all blocks are evaluated from the start."""
         path = group.owner + "."
         return next((i for i, b in enumerate(self.prefix.blocks) if path.startswith(b + ".")), 0)
 
-    def _masked_entropy(self, working: nn.Module, group: PrunableGroup, problem: Problem, count: int) -> float:
+    def _lead(self, working: nn.Module, group: PrunableGroup) -> Lead | None:
+        """What comes before the group's consumers in its block."""
+        block = self.prefix.blocks[self._stage(group)] if self._ready else ""
+        if not block or not group.owner.startswith(block + "."):
+            return None
+        paths = [c.module for c in group.consumers] + ([group.norm] if group.norm else [])
+        return Lead(working.get_submodule(block), [working.get_submodule(p) for p in paths])
+
+    def _masked_entropy(
+        self, working: nn.Module, group: PrunableGroup, problem: Problem, count: int, lead: Lead | None
+    ) -> float:
         keep = torch.tensor(best_units(problem.scores.values[group.name], count))
         saved = {s.name: s for s in group.slots if s.role == "consumer"}
         before = {n: working.get_parameter(n).detach().clone() for n in saved}
         norm = None if group.norm is None else working.get_submodule(group.norm)
         mask_(working, group, keep)
         try:
-            return self._entropy(working, self._stage(group))
+            return self._entropy(working, self._stage(group), lead)
         finally:
             for name, value in before.items():
                 working.get_parameter(name).copy_(value)
             if norm is not None:
                 norm.__dict__.pop("forward", None)
 
-    def _entropy(self, model: nn.Module, stage: int) -> float:
+    def _entropy(self, model: nn.Module, stage: int, lead: Lead | None = None) -> float:
         """Mean over images of the entropy of their in-batch similarities, blocks below `stage` being dense."""
         stage = stage if self._ready else 0
         prefix = Prefix(model, self.prefix.blocks, features)
@@ -174,10 +183,10 @@ class Search:
         device = next(model.parameters()).device
         total, images = 0.0, 0
         for index, batch in enumerate(self.data):
+            self._index = index
             value = self._spool.get((stage - 1, index)) if stage else None
-            with prefix.resumed(stage, value):
+            with prefix.resumed(stage, value), lead.run(index) if lead else nullcontext():
                 log_p: Tensor = similarities(features(model, batch.to(device)).embedding)
             total += float(-(log_p.exp() * log_p).sum())
             images += batch.shape[0]
-            self.block_runs += len(self.prefix.blocks) - stage
         return total / max(images, 1)
