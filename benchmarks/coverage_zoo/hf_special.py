@@ -135,6 +135,7 @@ SPECIAL: dict[str, Special] = {
         },
         inputs=matched,
     ),
+    "prompt_depth_anything": Special(config={"depth_estimation_type": "metric"}),  # the other ends in ReLU: all zero
     "depth_pro": Special(
         config={
             "merge_padding_value": 1,

@@ -240,8 +240,9 @@ class Builder:
         call = self.called.get(path)
         if call is None:
             return False
-        outside = [d for axes in (*call.in_axes, *call.out_axes) for d in axes]
-        return self.trace.used.issuperset(call.outs) and not any(self.space.contains(d, leaf) for d in outside)
+        results = [axes for axes, live in zip(call.out_axes, self.trace.live(call), strict=True) if live]
+        outside = [d for axes in (*call.in_axes, *results) for d in axes]
+        return not any(self.space.contains(d, leaf) for d in outside)
 
     def _consumers(self, leaf: Leaf) -> list[Consumer]:
         out = []

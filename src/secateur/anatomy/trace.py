@@ -8,7 +8,7 @@ unknown code makes dimensions uncuttable, never wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.anatomy.dims import Dim, Note, Space
 from secateur.nn.trees import tensors_in
+
+AT_THE_END = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,9 @@ class ModuleCall:
     Attributes:
         ins: nodes of the tensor arguments, the first positional ones first.
         in_axes: their axes.
-        outs: nodes of the tensors returned.
+        outs: nodes of the tensors returned, -1 for those never seen.
         out_axes: their axes.
+        left: number of the next operation when it returned.
     """
 
     path: str
@@ -117,6 +120,7 @@ class ModuleCall:
     in_axes: tuple[tuple[Dim, ...], ...]
     outs: tuple[int, ...] = ()
     out_axes: tuple[tuple[Dim, ...], ...] = ()
+    left: int = 0
 
     @property
     def first(self) -> tuple[Dim, ...]:
@@ -140,7 +144,7 @@ class Trace:
         skips: residual additions, in order.
         calls: module calls in order of entry.
         shapes: for each module path, the axes whose sizes its code named: it reshaped, split, expanded, grouped.
-        used: nodes that some operation read, or that the model returned.
+        used: for each node that some operation read, the number of the last one; AT_THE_END if the model returned it.
         foreign: axes of tensors that were neither arguments, parameters, buffers nor made during the run.
         batch: size of the traced batch.
     """
@@ -151,9 +155,13 @@ class Trace:
     skips: list[Skip] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     shapes: dict[str, list[Dim]] = field(default_factory=dict)
-    used: set[int] = field(default_factory=set)
+    used: dict[int, int] = field(default_factory=dict)
     foreign: list[tuple[Dim, ...]] = field(default_factory=list)
     batch: int = 1
+
+    def live(self, call: ModuleCall) -> tuple[bool, ...]:
+        """For each tensor that a call returned, whether anything read it afterwards; attention weights often nobody."""
+        return tuple(node < 0 or self.used.get(node, -1) >= call.left for node in call.outs)
 
 
 class Tracer(TorchDispatchMode):
@@ -163,7 +171,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.space = Space()
         self.info: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self.nodes = 0
+        self.nodes = self.operations = 0
         self.stack: list[str] = [""]
         self.trace = Trace(self.space, {})
         self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -189,6 +197,11 @@ class Tracer(TorchDispatchMode):
             self.trace.foreign.append(known.axes)
         return known
 
+    def read(self, tensors: Iterable[Tensor]) -> None:
+        """The next operation reads these tensors."""
+        self.trace.used.update((self.info[t].node, self.operations) for t in tensors if t in self.info)
+        self.operations += 1
+
     def new_node(self) -> int:
         self.nodes += 1
         return self.nodes - 1
@@ -211,10 +224,13 @@ class Tracer(TorchDispatchMode):
 
     def leave(self, call: ModuleCall, out: Any) -> None:
         self.stack.pop()
-        tensors = [t for t in tensors_in(out) if t in self.info]
-        call.outs = tuple(self.info[t].node for t in tensors)
-        call.out_axes = tuple(self.info[t].axes for t in tensors)
+        tensors = list(tensors_in(out))
+        call.left = self.operations
+        call.outs = tuple(self.info[t].node if t in self.info else -1 for t in tensors)
+        call.out_axes = tuple(self.info[t].axes if t in self.info else () for t in tensors)
         for tensor in tensors:
+            if tensor not in self.info:
+                continue
             info = self.info[tensor]
             branch = info.branch
             if branch and branch.order is None and self.trace.contractions[branch.event].module == call.path:
@@ -229,8 +245,8 @@ class _PythonReads(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.tolist and args[0] in self.tracer.info:
-            self.tracer.trace.used.add(self.tracer.info[args[0]].node)
+        if func is Tensor.tolist:
+            self.tracer.read(args)
         return func(*args, **(kwargs or {}))
 
 
@@ -278,8 +294,8 @@ def trace_model(model: nn.Module, forward: Callable[[nn.Module, Any], Any], exam
         out = forward(model, example)
     for tensor in tensors_in(out):
         if tensor in tracer.info:
-            tracer.trace.used.add(tracer.info[tensor].node)
+            tracer.trace.used[tracer.info[tensor].node] = AT_THE_END
             for dim in tracer.info[tensor].axes:
                 tracer.space.note(dim, Note("output", "", "the model's output"))
-    tracer.space.forget_unused(tracer.trace.used)
+    tracer.space.forget_unused(tracer.trace.used.keys())
     return tracer.trace

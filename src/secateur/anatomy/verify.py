@@ -76,7 +76,7 @@ class Verifier:
 
             def before(_module, args, kwargs, path=path):
                 if path not in self.inputs:
-                    self.inputs[path] = tree_map(_clone, (args, kwargs))
+                    self.inputs[path] = _copy((args, kwargs))
 
             handles.append(self.model.get_submodule(path).register_forward_pre_hook(before, with_kwargs=True))
         try:
@@ -135,11 +135,14 @@ class Verifier:
             args, kwargs = self.inputs[group.owner] if group.owner else ((self.example,), {})
             args, kwargs = tree_map(lambda t, dtype=dtype: _cast(t, dtype), (args, kwargs))
 
-            def run(module: nn.Module, args=args, kwargs=kwargs) -> list[Tensor]:
+            dead = self._dead(group)
+
+            def run(module: nn.Module, inputs=(args, kwargs), dead=dead) -> list[Tensor]:
+                args, kwargs = _copy(inputs)
                 with torch.no_grad(), explicit_attention(module), torch.random.fork_rng():
                     torch.manual_seed(0)  # a model may draw random numbers even in eval mode (masked autoencoders)
                     out = module(*args, **kwargs) if group.owner else self.forward(module, args[0])
-                return [t for t in tensors_in(out) if t.is_floating_point()]
+                return [t for i, t in enumerate(tensors_in(out)) if t.is_floating_point() and i not in dead]
 
             try:
                 module = self._module(group, dtype)
@@ -148,6 +151,12 @@ class Verifier:
             except Exception as e:  # any failure here means: cannot be proved, and the reason is reported
                 error = _one_line(e)
         return f"{self._class(group)} could not be run by itself: {error}", None
+
+    def _dead(self, group: PrunableGroup) -> set[int]:
+        """Which tensors that the owner returns nothing ever reads (attention weights): they need not agree."""
+        calls = [call for call in self.trace.calls if call.path == group.owner and group.owner]
+        live = [self.trace.live(call) for call in calls]
+        return {i for i in range(max(map(len, live), default=0)) if not any(i < len(x) and x[i] for x in live)}
 
     def _attempt(self, group: PrunableGroup, keep: Tensor, reference: list[Tensor], run: tuple) -> str:
         call, dtype = run
@@ -296,8 +305,12 @@ def _settings(owner: nn.Module) -> tuple:
     )
 
 
-def _clone(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _copy(inputs: Any) -> Any:
+    """Inputs that a run cannot change: a cache of keys and values among them would grow with every attempt."""
+    try:
+        return copy.deepcopy(inputs)
+    except Exception:  # an object that cannot be copied is passed as it is
+        return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, inputs)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

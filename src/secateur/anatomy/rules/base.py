@@ -153,7 +153,7 @@ class Op:
 def apply_rule(tracer: Tracer, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
     """Find and apply the rule of an operation; without one, or where axes do not align, pin what it touches."""
     op = Op(tracer, func, args, kwargs, out)
-    tracer.trace.used.update(tracer.info[t].node for t in op.tensors if t in tracer.info)
+    tracer.read(op.tensors)
     if not op.outs:
         if op.tensors and op.name not in {"_assert_async", "_assert_tensor_metadata", "is_same_size", "equal"}:
             _opaque(op)
