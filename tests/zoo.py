@@ -109,6 +109,60 @@ class Attention(nn.Module):
         return self.proj(out.reshape(b, n, c) if self.by_width else out.flatten(2))
 
 
+class Flat(Attention):
+    """Heads are only ever seen as batch * heads."""
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (
+            f(x).view(b, n, -1, self.head_dim).transpose(1, 2).reshape(b * self.num_heads, n, self.head_dim)
+            for f in (self.q, self.k, self.v)
+        )
+        out = ((q @ k.mT).softmax(-1) @ v).view(b, -1, n, self.head_dim)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Asked(Attention):
+    """Its position biases come from a module that is never called, only asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = Positions()
+
+    def forward(self, x):
+        q, k, v = self.split(x)
+        return self.proj(((q @ k.mT + self.positions.table()).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.weight = HEADS, nn.Parameter(torch.empty(9 * 9, HEADS))
+
+    def table(self):
+        return self.weight.view(9, 9, self.num_heads).permute(2, 0, 1)
+
+
+class Telling(nn.Module):
+    """Attention that returns its weights, which nobody reads, and keeps keys and values for a next call."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Remembering()
+
+    def forward(self, x):
+        return self.attention(x, past=[])[0]
+
+
+class Remembering(Attention):
+    def forward(self, x, past):
+        q, k, v = self.split(x)
+        past.append((k, v))
+        k, v = (torch.cat(t, dim=2) for t in zip(*past, strict=True))
+        weights = (q @ k.mT).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2)), weights
+
+
 class Stock(nn.Module):
     """`nn.MultiheadAttention` as self-attention."""
 
@@ -311,6 +365,9 @@ CUTTABLE: dict[str, tuple[Callable[[], tuple[nn.Module, torch.Tensor]], dict[str
     "norms on queries and keys": (lambda: on_tokens(lambda: Attention(norms=True)), {"heads": 2}),
     "grouped key/value heads, repeated": (lambda: on_tokens(lambda: Attention(kv=2)), {"kv_groups": 2}),
     "grouped key/value heads, expanded": (lambda: on_tokens(lambda: Attention(kv=2, expand=True)), {"kv_groups": 2}),
+    "batch times heads": (lambda: on_tokens(Flat), {"heads": 2}),
+    "position biases of a module that is asked": (lambda: on_tokens(Asked), {"heads": 2}),
+    "weights that nobody reads, a cache": (lambda: on_tokens(Telling), {"heads": 2}),
     "nn.MultiheadAttention": (lambda: on_tokens(lambda: Stock(False)), {"heads": 2}),
     "nn.MultiheadAttention with weights": (lambda: on_tokens(lambda: Stock(True)), {"heads": 2}),
     "nn.TransformerEncoderLayer": (lambda: on_tokens(encoder_layer), {"heads": 2, "hidden": 2}),
