@@ -212,3 +212,28 @@ def test_wanda_and_magnitude_formulas(layer):
 def test_unknown_criterion_names_the_closest():
     with pytest.raises(sc.SecateurError, match=r"unknown criterion 'obss'. Did you mean 'obs'\? Available: .*wanda"):
         criteria.get("obss")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s: sc.score(s, "obs", dampening=1e-3), "criterion 'obs' has no option 'dampening'; it has damping"),
+        (lambda s: sc.score(s, "amp", x=1), "criterion 'amp' has no option 'x'; it has none"),
+        (lambda s: sc.allocate(sc.score(s, "obs"), 0.8, "curve", pwr=2), "'curve' has no option 'pwr'; it has power"),
+    ],
+)
+def test_an_unknown_option_is_refused(vit, photos, make, message):
+    calibrated = sc.calibrate(vit, photos, loss=("features", "entropy"))
+    with pytest.raises(sc.SecateurError, match=message):
+        make(calibrated)
+
+
+@pytest.mark.parametrize(("kind", "key"), [("Statistics", "secateur_statistics"), ("Scores", "secateur_scores")])
+@pytest.mark.parametrize("header", ["[]", "{}", '{"version": 99}', "3", "not json"])
+@pytest.mark.parametrize("tensor", ["layer|x", "layer|x|nonsense", "value", "other|x|y"])
+def test_a_file_that_lies_is_one_clear_error(tmp_path, kind, key, header, tensor):
+    from safetensors.torch import save_file
+
+    save_file({tensor: torch.zeros(1)}, tmp_path / "file.safetensors", metadata={key: header})
+    with pytest.raises(sc.SecateurError, match=r"file\.safetensors' is not a readable"):
+        getattr(sc, kind).load(tmp_path / "file.safetensors")

@@ -2,7 +2,7 @@
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from secateur.errors import RegistryError
@@ -44,6 +44,17 @@ class Registry(Generic[T]):
         close = difflib.get_close_matches(name.lower(), self._items, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise RegistryError(f"unknown {self.kind} '{name}'.{hint} Available: {', '.join(sorted(self._items))}")
+
+    def check_options(self, name: str, given: Iterable[str], known: tuple[str, ...]) -> None:
+        """Refuse options that a method does not read.
+
+        Raises:
+            RegistryError: with those that it does.
+        """
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise RegistryError(f"{self.kind} '{name}' has no option '{unknown[0]}'; {has}")
 
     def list(self, pattern: str = "*") -> list[str]:
         """Sorted names that match a shell pattern."""

@@ -51,9 +51,10 @@ def allocate(
 
     Raises:
         BudgetError: the budget makes no sense or cannot be reached.
-        RegistryError: no such allocator.
+        RegistryError: no such allocator, or no such option of it.
     """
     rule = allocators.get(method)
+    allocators.check_options(method, options, rule.options)
     anatomy = anatomy or scores.anatomy
     if anatomy is None:
         raise DataError("give anatomy= along with scores that were loaded from a file")

@@ -35,7 +35,7 @@ from secateur.progress import track
 from secateur.replay import Lead, Prefix, Spool
 
 
-@allocator("amp-bisect", measures=True)
+@allocator("amp-bisect", measures=True, options=("tolerance", "steps", "rounds"))
 def amp_bisect(problem: Problem) -> dict[str, int]:
     """Counts found by AMP's search."""
     search = Search.of(problem)

@@ -19,7 +19,7 @@ from secateur.errors import BudgetError
 LIMIT = 60_000
 
 
-@allocator("curve", curves=True)
+@allocator("curve", curves=True, options=("power",))
 def curve(problem: Problem) -> dict[str, int]:
     """Counts that minimise the summed curves, at most at the target."""
     check_reachable(problem)

@@ -6,7 +6,7 @@ Shapes: N input features of a layer, P positions per image, U units of a group.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -201,10 +201,16 @@ class Statistics:
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {})["secateur_statistics"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as e:
+            return cls._of(header, tensors)
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError) as e:
             raise ArtifactError(
                 f"'{path}' is not a readable statistics file ({type(e).__name__}); calibrate again"
             ) from e
+
+    @classmethod
+    def _of(cls, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Statistics:
+        if header["version"] != VERSION:
+            raise ValueError("another version")
         out = cls(images=header["images"], skipped=header["skipped"], meta=header["meta"])
         layers: dict[str, dict[str, Tensor]] = {}
         taylor: dict[str, dict[str, dict[str, Tensor]]] = {}

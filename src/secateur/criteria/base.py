@@ -124,6 +124,7 @@ class Criterion:
         covariance: it needs outer products.
         losses: it needs the gradients of these losses.
         weighting: its covariances are better weighted by how much a token matters.
+        options: names of the options it reads.
     """
 
     score: Callable[[GroupView], Tensor]
@@ -131,6 +132,7 @@ class Criterion:
     covariance: bool = False
     losses: tuple[str, ...] = ()
     weighting: str | None = None
+    options: tuple[str, ...] = ()
 
 
 criteria: Registry[Criterion] = Registry("criterion")
@@ -143,11 +145,12 @@ def criterion(
     covariance: bool = False,
     losses: tuple[str, ...] = (),
     weighting: str | None = None,
+    options: tuple[str, ...] = (),
 ) -> Callable[[Callable[[GroupView], Tensor]], Callable[[GroupView], Tensor]]:
     """Decorator: register a function from `GroupView` to [U] scores as a criterion."""
 
     def add(function: Callable[[GroupView], Tensor]) -> Callable[[GroupView], Tensor]:
-        criteria.register(name)(Criterion(function, data, covariance, losses, weighting))
+        criteria.register(name)(Criterion(function, data, covariance, losses, weighting, options))
         return function
 
     return add

@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.criteria.base import GroupView, criterion, need
 
 
-@criterion("leverage", covariance=True, weighting="features")
+@criterion("leverage", covariance=True, weighting="features", options=("ridge",))
 def leverage(view: GroupView) -> Tensor:
     """[U]: sum over a unit's features of its ridge leverage score."""
     ridge = float(view.option("ridge", 1e-2))

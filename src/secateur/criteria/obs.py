@@ -18,7 +18,7 @@ from secateur.criteria.base import GroupView, criterion, need
 from secateur.linalg import damped_cholesky
 
 
-@criterion("obs", covariance=True, losses=("features",), weighting="features")
+@criterion("obs", covariance=True, losses=("features",), weighting="features", options=("damping",))
 def obs(view: GroupView) -> Tensor:
     """[U]: output error accumulated by the time the unit goes, in the greedy order."""
     out = torch.zeros(view.size)

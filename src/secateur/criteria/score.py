@@ -64,13 +64,15 @@ class Scores:
             with safe_open(str(path), framework="pt") as file:
                 meta = json.loads((file.metadata() or {})["secateur_scores"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as e:
+            if meta.pop("version") != VERSION:
+                raise ValueError("another version")
+            parts: dict[str, dict[str, Tensor]] = {"value": {}, "curve": {}}
+            for name, tensor in tensors.items():
+                kind, _, group = name.partition("|")
+                parts[kind][group] = tensor
+            return cls(parts["value"], parts["curve"], dict(meta))
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as e:
             raise ArtifactError(f"'{path}' is not a readable scores file ({type(e).__name__}); score again") from e
-        parts: dict[str, dict[str, Tensor]] = {"value": {}, "curve": {}}
-        for name, tensor in tensors.items():
-            kind, _, group = name.partition("|")
-            parts[kind][group] = tensor
-        return cls(parts["value"], parts["curve"], meta)
 
 
 def score(
@@ -93,10 +95,11 @@ def score(
         options: of the criterion, as its docstring names them.
 
     Raises:
-        RegistryError: no such criterion.
+        RegistryError: no such criterion, or no such option of it.
         DataError: the statistics lack what the criterion needs, or belong to another model.
     """
     rule: Criterion = criteria.get(criterion)
+    criteria.check_options(criterion, options, rule.options)
     model = model if model is not None else getattr(statistics, "model", None)
     anatomy = anatomy if anatomy is not None else getattr(statistics, "anatomy", None)
     if model is None or anatomy is None:
@@ -106,8 +109,8 @@ def score(
             f"criterion '{criterion}' needs statistics; calibrate first, or use a data-free one (magnitude, dgmr)"
         )
     mark = fingerprint(model)
-    if statistics is not None and statistics.meta.get("fingerprint", mark)["structure"] != mark["structure"]:
-        raise DataError("these statistics belong to another model; calibrate this one")
+    if statistics is not None and statistics.meta.get("fingerprint", mark) != mark:
+        raise DataError("these statistics belong to another model, or to other weights; calibrate this one")
     out = Scores({}, meta={"criterion": criterion, "options": options, "fingerprint": mark}, anatomy=anatomy)
     wanted = set(anatomy.cuttable if groups is None else groups)
     todo = [g for n, g in anatomy.cuttable.items() if n in wanted]

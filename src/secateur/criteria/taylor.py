@@ -14,7 +14,7 @@ from secateur.criteria.base import GroupView, criterion
 from secateur.errors import DataError
 
 
-@criterion("taylor", losses=("features",))
+@criterion("taylor", losses=("features",), options=("loss", "aggregation"))
 def taylor(view: GroupView) -> Tensor:
     """[U]: the chosen aggregation of activation x gradient."""
     aggregation = str(view.option("aggregation", "squared"))

@@ -84,7 +84,9 @@ def open_folder(folder: str | Path, *, pretrained: bool = True, weights: str | N
         with library_call():
             model = timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **kwargs)
     except Exception as e:
-        raise SourceError(f"timm could not open the folder '{folder}' ({reason(e)}); copy it again") from e
+        raise SourceError(
+            f"timm could not open the folder '{folder}' ({reason(e)}); check what was asked for, or copy it again"
+        ) from e
     return attach(model.eval(), _source(model, str(folder), None))
 
 
