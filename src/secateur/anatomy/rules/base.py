@@ -37,6 +37,7 @@ _POINTWISE = {
     "_conj",
     "view_as_real",
     "log_sigmoid_forward",
+    "_prelu_kernel",
     "_fused_dropout",
     "bernoulli_",
     "nan_to_num",
