@@ -48,7 +48,7 @@ def main() -> None:
     rows = _saved(selected) if options.page else _run(selected, options.resume, options.retry)
     if not (options.only or options.family):
         write_page(options.out, rows)
-    for name in LIBRARIES:
+    for name in dict.fromkeys(r["library"] for r in rows):
         print(summary(name, [r for r in rows if r["library"] == name]))
 
 
