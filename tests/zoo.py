@@ -380,6 +380,7 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, torch.Tensor]], str]] = {
     "global response norm": (lambda: on_tokens(Grn), "couples all units"),
     "gMLP's gate": (lambda: on_tokens(SpatialGate), "couples all units"),
     "tied dictionary": (lambda: on_tokens(Ista), "tied dictionary"),
+    "scale of the width": (lambda: on_tokens(lambda: Around(lambda x: x * x.shape[-1] ** -0.5)), "cannot run with"),
     "softmax over units": (lambda: on_tokens(lambda: Around(lambda x: x.softmax(-1))), "softmax couples all units"),
     "sum over units": (lambda: on_tokens(lambda: Around(lambda x: x / x.sum(-1, keepdim=True))), "couples all units"),
     "sum over units, read in Python": (

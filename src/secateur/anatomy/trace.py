@@ -237,8 +237,11 @@ class Tracer(TorchDispatchMode):
                 self.info[tensor] = replace(info, branch=replace(branch, order=tuple(range(tensor.dim()))))
 
 
+_SIZES = (Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.__len__)  # type: ignore[attr-defined]
+
+
 class _PythonReads(TorchFunctionMode):
-    """Marks as used what leaves for Python without an operation that a dispatch mode would see."""
+    """Sees what Python takes from tensors without an operation that a dispatch mode would see: values, and sizes."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -247,6 +250,8 @@ class _PythonReads(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is Tensor.tolist:
             self.tracer.read(args)
+        elif func in _SIZES and args[0] in self.tracer.info:
+            self.tracer.trace.shapes.setdefault(self.tracer.where, []).extend(self.tracer.info[args[0]].axes)
         return func(*args, **(kwargs or {}))
 
 
