@@ -95,15 +95,19 @@ def photographs(data: Path, seed: int, calibration: int) -> tuple[list[Path], li
     return files[:calibration], files[-188:]
 
 
-def environment(options: argparse.Namespace) -> str:
-    """One paragraph that says on what a table was measured."""
+def setting() -> str:
+    """One sentence that says on what a table was measured."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return (
         f"Written by `python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}` on {time.strftime('%Y-%m-%d')}: "
         f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads "
-        f"({platform.machine()}), float32; {options.calibration} calibration images, seed {options.seed}, "
-        f"commit {commit.stdout.strip() or 'unknown'}."
+        f"({platform.machine()}), float32, commit {commit.stdout.strip() or 'unknown'}."
     )
+
+
+def environment(options: argparse.Namespace) -> str:
+    """The same, with the images that were used."""
+    return f"{setting()} {options.calibration} calibration images, seed {options.seed}."
 
 
 def write_section(file: Path, name: str, text: str) -> None:
