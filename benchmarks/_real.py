@@ -95,6 +95,13 @@ def photographs(data: Path, seed: int, calibration: int) -> tuple[list[Path], li
     return files[:calibration], files[-188:]
 
 
+def tiny_imagenet(data: Path, seed: int, count: int) -> list[Path]:
+    """So many of the small images that vote in the kNN benchmark, without their labels."""
+    files = sorted(p for p in (data / "tiny-imagenet" / "train").rglob("*") if p.is_file())
+    random.Random(seed).shuffle(files)
+    return files[:count]
+
+
 def setting() -> str:
     """One sentence that says on what a table was measured."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

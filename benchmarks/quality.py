@@ -14,13 +14,14 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import secateur as sc
-from _real import DINOV2, FOCUS, MODELS, arguments, environment, markdown, photographs, write_section
+from _real import DINOV2, FOCUS, MODELS, arguments, environment, markdown, photographs, tiny_imagenet, write_section
 from secateur.anatomy import Kind
 from secateur.evaluation.knn import embed, knn_top1
 
@@ -33,13 +34,17 @@ SEARCHED = 16  # images on which amp-bisect measures the entropy: one batch, or 
 
 @dataclass(frozen=True)
 class Row:
-    """One cut: `share` of the parameters is kept; 0 stands for as many as half of every MLP leaves."""
+    """One cut: `share` of the parameters is kept; 0 stands for as many as half of every MLP leaves.
+
+    `images` are those it is calibrated on.
+    """
 
     criterion: str
     allocator: str = "uniform"
     compensator: str = "none"
     kinds: tuple[str, ...] = ("hidden",)
     share: float = 0.0
+    images: str = "photographs"
 
     def key(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -52,7 +57,8 @@ HEADS = [Row("obs", "curve", x, BOTH) for x in ("sequential", "affine")] + [Row(
 DEEPER = [Row("obs", "curve", x, BOTH, 0.60) for x in ("sequential", "affine")]
 DEEPER += [Row("amp", "amp-bisect", share=0.60), Row("dgmr", share=0.60)]
 CRITERIA_ALONE = [REFIT[1], *(Row(c, compensator=x) for x in ("affine", "none") for c in CRITERIA)]
-QUARTER = [Row("obs", "curve", "sequential", BOTH, 0.75), Row("amp", share=0.75), Row("dgmr", share=0.75)]
+QUARTER = [Row("obs", "curve", "sequential", BOTH, 0.75, x) for x in ("half of each", "photographs", "tiny-imagenet")]
+QUARTER += [Row(c, share=0.75, images="half of each") for c in ("amp", "dgmr")]
 SECOND = [
     *REFIT,
     *(Row(c, compensator=x) for x in ("affine", "none") for c in ("obs", "amp", "dgmr")),
@@ -68,26 +74,31 @@ class Bench:
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.model = name, MODELS[name]()
         self.anatomy = sc.inspect(self.model)
+        self.seed, self.stem = options.seed, f"{name.split()[0].lower()}-{options.calibration}-{options.seed}"
         calibration, held_out = photographs(options.data, options.seed, options.calibration)
         spec = sc.source_of(self.model).image
-        self.calibration = sc.batches(calibration, spec, seed=options.seed)
+        tiny = tiny_imagenet(options.data, options.seed, options.calibration)
+        half = options.calibration // 2
+        files = {"photographs": calibration, "tiny-imagenet": tiny, "half of each": calibration[:half] + tiny[:half]}
+        self.images = {name: sc.batches(paths, spec, seed=options.seed) for name, paths in files.items()}
         self.searched = sc.batches(calibration[:SEARCHED], spec, size=SEARCHED)
         self.held_out = sc.batches(held_out, spec)
-        stem = f"{name.split()[0].lower()}-{options.calibration}-{options.seed}"
-        self.file = RESULTS / f"quality-{stem}.json"
-        self.rows: dict[str, dict[str, Any]] = {}
-        if self.file.is_file() and not options.fresh:
-            self.rows = json.loads(self.file.read_text())
-        self.statistics = self._statistics(RESULTS / f"statistics-{stem}.safetensors", options)
-        self.scores: dict[str, sc.Scores] = {}
+        self.file = RESULTS / f"quality-{self.stem}.json"
+        if options.fresh:
+            for file in RESULTS.glob(f"*-{self.stem}*"):
+                file.unlink()
+        self.rows: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.scores: dict[tuple[str, str], sc.Scores] = {}
 
-    def _statistics(self, file: Path, options: argparse.Namespace) -> sc.Statistics:
-        if file.is_file() and not options.fresh:
+    @cache  # noqa: B019  (there are two benches, for the life of the process)
+    def statistics(self, images: str) -> sc.Statistics:
+        file = RESULTS / f"statistics-{self.stem}-{images.replace(' ', '-')}.safetensors"
+        if file.is_file():
             statistics = sc.Statistics.load(file)
             statistics.model, statistics.anatomy = self.model, self.anatomy
             return statistics
         losses = ["features", "entropy"]
-        statistics = sc.calibrate(self.model, self.calibration, self.anatomy, loss=losses, seed=options.seed)
+        statistics = sc.calibrate(self.model, self.images[images], self.anatomy, loss=losses, seed=self.seed)
         statistics.save(file)
         return statistics
 
@@ -98,18 +109,14 @@ class Bench:
         return (self.anatomy.params_after(half) + 0.5) / self.anatomy.params
 
     def cut(self, row: Row) -> nn.Module:
-        if row.criterion not in self.scores:
-            options = {"loss": "features"} if row.criterion == "taylor" else {}
-            self.scores[row.criterion] = sc.score(self.statistics, row.criterion, **options)
+        statistics, made = self.statistics(row.images), (row.criterion, row.images)
+        if made not in self.scores:
+            self.scores[made] = sc.score(statistics, row.criterion)
         plan = sc.allocate(
-            self.scores[row.criterion],
-            self.share(row),
-            row.allocator,
-            kinds=row.kinds,
-            model=self.model,
-            data=self.searched,
+            self.scores[made], self.share(row), row.allocator, kinds=row.kinds, model=self.model, data=self.searched
         )
-        return sc.prune(self.model, plan, compensate=row.compensator, stats=self.statistics, data=self.calibration)
+        data = self.images[row.images]
+        return sc.prune(self.model, plan, compensate=row.compensator, stats=statistics, data=data)
 
     def measure(self, rows: list[Row], what: Callable[[nn.Module], dict[str, float]] | None = None) -> None:
         """Fill in what is missing of some rows; `what` measures something more than fidelity."""
@@ -132,14 +139,18 @@ class Bench:
     def table(self, rows: list[Row], columns: dict[str, str]) -> str:
         """Markdown; the best value of each column is bold."""
         found = [self.rows[r.key()] for r in rows]
+        several = len({r.images for r in rows}) > 1
         best = {c: max(f[c] for f in found) for c in columns if found[0].get(c) is not None}
         lines = []
         for row, values in zip(rows, found, strict=True):
             fewer = f"{1 - values['params'] / sc.parameters(self.model):.1%}"
             cells = [_text(values[c], values[c] == best[c]) for c in best]
             kinds = "MLP, heads" if "heads" in row.kinds else "MLP"
-            lines.append([f"`{row.criterion}`", f"`{row.allocator}`", f"`{row.compensator}`", kinds, fewer, *cells])
-        return markdown(["criterion", "widths", "refit", "cut", "fewer parameters", *(columns[c] for c in best)], lines)
+            images = [row.images] if several else []
+            names = [f"`{row.criterion}`", f"`{row.allocator}`", f"`{row.compensator}`"]
+            lines.append([*names, kinds, *images, fewer, *cells])
+        heads = ["criterion", "widths", "refit", "cut", *["calibrated on"] * several, "fewer parameters"]
+        return markdown([*heads, *(columns[c] for c in best)], lines)
 
 
 def _text(value: float, best: bool) -> str:
@@ -183,7 +194,7 @@ def main() -> None:
 
 def _headline(bench: Bench, dense_knn: float) -> str:
     """The table of README.md: a quarter fewer parameters by three procedures."""
-    names = {"AMP's slices": QUARTER[1], "DGMR's slices": QUARTER[2], "**Secateur**": QUARTER[0]}
+    names = {"AMP's slices": QUARTER[3], "DGMR's slices": QUARTER[4], "**Secateur**": QUARTER[0]}
     lines = [["dense", f"{sc.parameters(bench.model) / 1e6:.1f} M", "1", "100 %", f"{dense_knn:.1%}"]]
     for name, row in names.items():
         found = bench.rows[row.key()]
@@ -192,7 +203,7 @@ def _headline(bench: Bench, dense_knn: float) -> str:
         lines.append([name, size, *cells])
     columns = ["", "parameters", "cosine to the dense features", "images recognised", "kNN accuracy"]
     return (
-        f"A quarter of the parameters of a DINOv2 ViT-S cut, from 512 unlabeled photographs, without any training:\n\n"
+        f"A quarter of the parameters of a DINOv2 ViT-S cut, from 512 unlabeled images, without any training:\n\n"
         f"{markdown(columns, lines)}\n\n"
         "How this was measured, and much more: [results](docs/results.md)."
     )
