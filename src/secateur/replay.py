@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,24 +105,18 @@ class Prefix:
         if not self.sound or index == 0:
             yield
             return
-        stubbed = []
-        for i, path in enumerate(self.blocks[:index]):
-            module = self.model.get_submodule(path)
+        with ExitStack() as stack:
+            for i, path in enumerate(self.blocks[:index]):
 
-            def answer(*args: Any, i: int = i, path: str = path, **kwargs: Any) -> Any:
-                if i == index - 1:
-                    return value
-                given = next(tensors_in((args, kwargs)))
-                template = self._templates.get(path)
-                return given if not isinstance(template, (tuple, list)) else type(template)([given, *template[1:]])
+                def answer(*args: Any, i: int = i, path: str = path, **kwargs: Any) -> Any:
+                    if i == index - 1:
+                        return value
+                    given = next(tensors_in((args, kwargs)))
+                    template = self._templates.get(path)
+                    return given if not isinstance(template, (tuple, list)) else type(template)([given, *template[1:]])
 
-            module.forward = answer
-            stubbed.append(module)
-        try:
+                stack.enter_context(standing_in(self.model.get_submodule(path), answer))
             yield
-        finally:
-            for module in stubbed:
-                del module.forward
 
 
 class Lead:
@@ -174,18 +168,24 @@ class Lead:
 
     @contextmanager
     def _answered(self, key: Any) -> Iterator[None]:
-        before = {}
-        for path in self._known[key]:
-            module, value = self.watched[path], self._spool.get((key, path))
-            before[module] = vars(module).get("forward")
-            module.forward = lambda *_a, value=value, **_k: value
-        try:
+        with ExitStack() as stack:
+            for path in self._known[key]:
+                value = self._spool.get((key, path))
+                stack.enter_context(standing_in(self.watched[path], lambda *_a, value=value, **_k: value))
             yield
-        finally:
-            for module, forward in before.items():
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
+
+
+@contextmanager
+def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, a module answers with another forward; one it was given before comes back afterwards."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 @contextmanager

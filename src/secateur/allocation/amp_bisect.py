@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -91,9 +92,7 @@ class Search:
     prefix: Prefix
     cached: bool = True
     _spool: Spool = field(default_factory=Spool)
-    _ready: bool = False
-    _dense: float = math.nan
-    _index: int = 0
+    _dense: float | None = None
 
     @classmethod
     def of(cls, problem: Problem, cached: bool = True) -> Search:
@@ -132,19 +131,27 @@ class Search:
                     cut_module_(working, group, keep)
         return kept
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the dense model's blocks are answered from disk."""
+        return self.cached and self.prefix.sound
+
     def _dense_entropy(self) -> float:
         """Run the dense model, once, and keep every block's output."""
-        if math.isnan(self._dense):
-            keep = self.cached and self.prefix.sound
-            with ExitStack() as stack:
-                for i, path in enumerate(self.prefix.blocks if keep else ()):
-                    hook = self.model.get_submodule(path).register_forward_hook(
-                        lambda _m, _a, out, i=i: self._spool.put((i, self._index), out)
-                    )
-                    stack.callback(hook.remove)
-                self._dense = self._entropy(self.model, 0)
-            self._ready = keep
+        if self._dense is None:
+            self._dense = self._entropy(self.model, 0, self._kept if self.keeps else None)
         return self._dense
+
+    @contextmanager
+    def _kept(self, index: int) -> Iterator[None]:
+        """Around a forward of the dense model on the batch of that number: its blocks' outputs go to disk."""
+        with ExitStack() as stack:
+            for i, path in enumerate(self.prefix.blocks):
+                hook = self.model.get_submodule(path).register_forward_hook(
+                    lambda _m, _a, out, i=i: self._spool.put((i, index), out)
+                )
+                stack.callback(hook.remove)
+            yield
 
     def _stage(self, group: PrunableGroup) -> int:
         """The block that holds a group; groups outside all blocks are evaluated from the start."""
@@ -153,7 +160,7 @@ class Search:
 
     def _lead(self, working: nn.Module, group: PrunableGroup) -> Lead | None:
         """What comes before the group's consumers in its block."""
-        block = self.prefix.blocks[self._stage(group)] if self._ready else ""
+        block = self.prefix.blocks[self._stage(group)] if self.keeps else ""
         if not block or not group.owner.startswith(block + "."):
             return None
         paths = [c.module for c in group.consumers] + ([group.norm] if group.norm else [])
@@ -168,24 +175,30 @@ class Search:
         norm = None if group.norm is None else working.get_submodule(group.norm)
         mask_(working, group, keep)
         try:
-            return self._entropy(working, self._stage(group), lead)
+            return self._entropy(working, self._stage(group), None if lead is None else lead.run)
         finally:
             for name, value in before.items():
                 working.get_parameter(name).copy_(value)
             if norm is not None:
                 norm.__dict__.pop("forward", None)
 
-    def _entropy(self, model: nn.Module, stage: int, lead: Lead | None = None) -> float:
-        """Mean over images of the entropy of their in-batch similarities, blocks below `stage` being dense."""
-        stage = stage if self._ready else 0
+    def _entropy(
+        self, model: nn.Module, stage: int, around: Callable[[int], AbstractContextManager[None]] | None = None
+    ) -> float:
+        """Mean over images of the entropy of their in-batch similarities.
+
+        Args:
+            stage: blocks below it are dense.
+            around: what to enter around the forward on the batch of each number.
+        """
+        stage = stage if self.keeps else 0
         prefix = Prefix(model, self.prefix.blocks, features)
         prefix.sound, prefix._templates = self.prefix.sound, self.prefix._templates
         device = next(model.parameters()).device
         total, images = 0.0, 0
         for index, batch in enumerate(self.data):
-            self._index = index
             value = self._spool.get((stage - 1, index)) if stage else None
-            with prefix.resumed(stage, value), lead.run(index) if lead else nullcontext():
+            with prefix.resumed(stage, value), around(index) if around else nullcontext():
                 log_p: Tensor = similarities(features(model, batch.to(device)).embedding)
             total += float(-(log_p.exp() * log_p).sum())
             images += batch.shape[0]
