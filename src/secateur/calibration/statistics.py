@@ -5,7 +5,6 @@ Shapes: N input features of a layer, P positions per image, U units of a group.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.anatomy.types import Anatomy
-from secateur.errors import ArtifactError, DataError
-
-VERSION = 1
+from secateur.errors import DataError
+from secateur.tensorfile import read_tensors, write_tensors
 
 
 @dataclass
@@ -179,14 +177,8 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with the meta data in its header; atomic."""
-        from safetensors.torch import save_file
-
-        from secateur.files import atomic_file
-
-        header = {"version": VERSION, "images": self.images, "skipped": self.skipped, "meta": self.meta}
-        with atomic_file(Path(path)) as temporary:
-            tensors = {k: v.contiguous() for k, v in self.tensors().items()}
-            save_file(tensors, temporary, metadata={"secateur_statistics": json.dumps(header)})
+        header = {"images": self.images, "skipped": self.skipped, "meta": self.meta}
+        write_tensors(path, "statistics", header, self.tensors())
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -195,22 +187,10 @@ class Statistics:
         Raises:
             ArtifactError: the file is missing, damaged, or not statistics.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {})["secateur_statistics"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls._of(header, tensors)
-        except (OSError, SafetensorError, LookupError, ValueError, TypeError) as e:
-            raise ArtifactError(
-                f"'{path}' is not a readable statistics file ({type(e).__name__}); calibrate again"
-            ) from e
+        return read_tensors(path, "statistics", cls._of, "calibrate again")
 
     @classmethod
     def _of(cls, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Statistics:
-        if header["version"] != VERSION:
-            raise ValueError("another version")
         out = cls(images=header["images"], skipped=header["skipped"], meta=header["meta"])
         layers: dict[str, dict[str, Tensor]] = {}
         taylor: dict[str, dict[str, dict[str, Tensor]]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,10 @@ from secateur.anatomy.types import Anatomy
 from secateur.calibration.statistics import Statistics
 from secateur.criteria.base import Criterion, GroupView, criteria
 from secateur.criteria.curves import error_curve
-from secateur.errors import ArtifactError, DataError
+from secateur.errors import DataError
 from secateur.fingerprint import fingerprint
 from secateur.progress import track
-
-VERSION = 1
+from secateur.tensorfile import read_tensors, write_tensors
 
 
 @dataclass
@@ -41,15 +39,9 @@ class Scores:
 
     def save(self, path: str | Path) -> None:
         """Write safetensors; atomic."""
-        from safetensors.torch import save_file
-
-        from secateur.files import atomic_file
-
-        tensors = {f"value|{k}": v.contiguous() for k, v in self.values.items()}
-        tensors |= {f"curve|{k}": v.contiguous() for k, v in self.curves.items()}
-        header = json.dumps({"version": VERSION, **self.meta})
-        with atomic_file(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"secateur_scores": header})
+        tensors = {f"value|{k}": v for k, v in self.values.items()}
+        tensors |= {f"curve|{k}": v for k, v in self.curves.items()}
+        write_tensors(path, "scores", self.meta, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -58,21 +50,15 @@ class Scores:
         Raises:
             ArtifactError: the file is missing, damaged, or not scores.
         """
-        from safetensors import SafetensorError, safe_open
+        return read_tensors(path, "scores", cls._of, "score again")
 
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = json.loads((file.metadata() or {})["secateur_scores"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if meta.pop("version") != VERSION:
-                raise ValueError("another version")
-            parts: dict[str, dict[str, Tensor]] = {"value": {}, "curve": {}}
-            for name, tensor in tensors.items():
-                kind, _, group = name.partition("|")
-                parts[kind][group] = tensor
-            return cls(parts["value"], parts["curve"], dict(meta))
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as e:
-            raise ArtifactError(f"'{path}' is not a readable scores file ({type(e).__name__}); score again") from e
+    @classmethod
+    def _of(cls, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Scores:
+        parts: dict[str, dict[str, Tensor]] = {"value": {}, "curve": {}}
+        for name, tensor in tensors.items():
+            kind, _, group = name.partition("|")
+            parts[kind][group] = tensor
+        return cls(parts["value"], parts["curve"], meta)
 
 
 def score(
