@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 from typing import Any
 
+from secateur.errors import reason
+
 TIME_LIMIT = 600  # seconds a model
 
 
@@ -72,12 +74,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     try:
         model, example, built = models.build(case)
     except Exception as e:
-        return {"status": "fail", "reason": f"could not be built: {_one_line(e)}"}
+        return {"status": "fail", "reason": f"could not be built: {reason(e)}"}
     try:
         return {"built": built} | check(model, example, models.caller(case))
     except Exception as e:  # one model must never end the run
-        return {"built": built, "status": "fail", "reason": _one_line(e)}
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:240] if str(error) else ''}"
+        return {"built": built, "status": "fail", "reason": reason(e)}

@@ -39,3 +39,9 @@ class RegistryError(SecateurError):
 
 class SecateurWarning(UserWarning):
     """Something a user should know that does not stop the work; the command line prints it as a note."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what other code says went wrong."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

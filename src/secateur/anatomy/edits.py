@@ -14,7 +14,7 @@ from secateur.anatomy.types import Kind, PrunableGroup
 from secateur.nn.slicing import AttrEdit
 
 LIMIT = 12  # sets of edits: where none of so many works, the code does more with the size than count
-_NEVER = re.compile(r"window|patch|grid|stride|kernel|seq|resol|size_|_size$|pad|depth|layer_idx|block|shift|block")
+_NEVER = re.compile(r"window|patch|grid|stride|kernel|seq|resol|size_|_size$|pad|depth|layer_idx|block|shift")
 _HEADS = re.compile(r"^(?!.*(dim|size|width)).*(head|n_?group)")
 
 
@@ -66,9 +66,9 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
 def named_leaves(trace: Trace, model: nn.Module) -> set[Dim]:
     """Leaves on whose size some module's own code may depend.
 
-    Code does that reshapes, splits or makes a constant along them, or that reshapes anything after having been handed a
-    tensor with them (`B, C, H, W = x.shape`). All other sizes only standard layers see, which take them from their
-    weights.
+    Code does that reshapes, splits or makes a constant along them, that asks a tensor for its size, or that reshapes
+    anything after having been handed a tensor with them (`B, C, H, W = x.shape`). All other sizes only standard layers
+    see, which take them from their weights.
     """
     space = trace.space
     standard = (nn.Linear, nn.modules.conv._ConvNd)

@@ -202,6 +202,10 @@ class Tracer(TorchDispatchMode):
         self.trace.used.update((self.info[t].node, self.operations) for t in tensors if t in self.info)
         self.operations += 1
 
+    def names(self, axes: Iterable[Dim]) -> None:
+        """The running module's code named these sizes: its attributes may have to follow when they change."""
+        self.trace.shapes.setdefault(self.where, []).extend(axes)
+
     def new_node(self) -> int:
         self.nodes += 1
         return self.nodes - 1
@@ -237,6 +241,7 @@ class Tracer(TorchDispatchMode):
                 self.info[tensor] = replace(info, branch=replace(branch, order=tuple(range(tensor.dim()))))
 
 
+# What Python calls when code asks a tensor for its size; `shape` is an attribute, which the stubs of torch do not know.
 _SIZES = (Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.__len__)  # type: ignore[attr-defined]
 
 
@@ -251,7 +256,7 @@ class _PythonReads(TorchFunctionMode):
         if func is Tensor.tolist:
             self.tracer.read(args)
         elif func in _SIZES and args[0] in self.tracer.info:
-            self.tracer.trace.shapes.setdefault(self.tracer.where, []).extend(self.tracer.info[args[0]].axes)
+            self.tracer.names(self.tracer.info[args[0]].axes)
         return func(*args, **(kwargs or {}))
 
 

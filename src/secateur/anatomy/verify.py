@@ -20,6 +20,7 @@ from secateur.anatomy.dims import Dim
 from secateur.anatomy.edits import candidate_edits, head_counts, named_leaves
 from secateur.anatomy.trace import Trace
 from secateur.anatomy.types import PrunableGroup
+from secateur.errors import reason
 from secateur.nn.attention import explicit_attention
 from secateur.nn.masking import restrict_norm_, silence_
 from secateur.nn.reforward import reforward_
@@ -130,16 +131,14 @@ class Verifier:
 
     def _reference(self, group: PrunableGroup, local: PrunableGroup, keep: Tensor):
         """Output of the masked module, and how to run one; or the reason why it cannot be run."""
-        error = ""
+        error, dead = "", self._dead(group)
         for dtype in (torch.float64, torch.float32):
             if group.owner and group.owner not in self.inputs:
                 return "its module was never called", None
             args, kwargs = self.inputs[group.owner] if group.owner else ((self.example,), {})
             args, kwargs = tree_map(lambda t, dtype=dtype: _cast(t, dtype), (args, kwargs))
 
-            dead = self._dead(group)
-
-            def run(module: nn.Module, inputs=(args, kwargs), dead=dead) -> list[Tensor]:
+            def run(module: nn.Module, inputs=(args, kwargs)) -> list[Tensor]:
                 args, kwargs = _copy(inputs)
                 with torch.no_grad(), explicit_attention(module), torch.random.fork_rng():
                     torch.manual_seed(0)  # a model may draw random numbers even in eval mode (masked autoencoders)
@@ -151,7 +150,7 @@ class Verifier:
                 mask_(module, local, keep)
                 return run(module), (run, dtype)
             except Exception as e:  # any failure here means: cannot be proved, and the reason is reported
-                error = _one_line(e)
+                error = reason(e)
         return f"{self._class(group)} could not be run by itself: {error}", None
 
     def _dead(self, group: PrunableGroup) -> set[int]:
@@ -167,7 +166,7 @@ class Verifier:
             cut_module_(module, _localise(group), keep)
             out = call(module)
         except Exception as e:  # the module's own code refusing the size is an answer, not a crash
-            return _one_line(e)
+            return reason(e)
         return compare(reference, out, TOLERANCE[dtype])
 
 
@@ -317,7 +316,3 @@ def _copy(inputs: Any) -> Any:
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur._compat import ensure_torchvision
-from secateur.errors import SecateurWarning, SourceError
-from secateur.models.hub import NO_HUB, library_call, reason
+from secateur.errors import SecateurWarning, SourceError, reason
+from secateur.models.hub import NO_HUB, library_call
 from secateur.models.source import Features, ImageSpec, Library, Source, attach
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # as Pillow numbers them

@@ -50,9 +50,3 @@ def _resolves(host: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what a library says went wrong."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

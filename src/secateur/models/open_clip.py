@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur._compat import ensure_torchvision
-from secateur.errors import SourceError
-from secateur.models.hub import NO_HUB, library_call, reason
+from secateur.errors import SourceError, reason
+from secateur.models.hub import NO_HUB, library_call
 from secateur.models.source import Features, ImageSpec, Library, Source, attach
 
 CONFIG = "open_clip_config.json"

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur._compat import ensure_torchvision
-from secateur.errors import SourceError
-from secateur.models.hub import NO_HUB, library_call, reason
+from secateur.errors import SourceError, reason
+from secateur.models.hub import NO_HUB, library_call
 from secateur.models.source import Features, ImageSpec, Library, Source, attach
 
 # What `create_model` takes beside the architecture's own arguments: never taken from a file.

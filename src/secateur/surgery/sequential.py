@@ -227,6 +227,7 @@ def _refit_layer(
     energy = None
     if statistics is not None and path in statistics.layers:
         energy = statistics.layers[path].position_weights(power)
+    residual = consumer.residual if target.inside else None
     moments = _Moments(start_ND.shape[0], start_ND.shape[1])
     points = [(path, "in", 0), (path, "out", 0), _point(target)]
     for index, batch in runner.batches():
@@ -234,8 +235,8 @@ def _refit_layer(
         goal = runner.spool.get((path, index))
         images = batch.shape[0]
         h_BPN, y_BPD = rows(h, consumer, images), rows(y, consumer, images)
-        if target.inside:
-            gap_BPD = rows(as_output(goal - seen, consumer.residual), consumer, images) / scale  # type: ignore[arg-type]
+        if residual is not None:
+            gap_BPD = rows(as_output(goal - seen, residual), consumer, images) / scale
         else:
             goal_BPD = rows(goal, consumer, images)
             gap_BPD = (goal_BPD if target.outputs is None else goal_BPD[..., target.outputs]) - y_BPD

@@ -123,8 +123,7 @@ class Op:
             self.space.note(dim, Note(kind, self.tracer.where, text or self.name), self.coming if if_used else ())
 
     def names(self, *axes: Dim) -> None:
-        """The running module's code named these sizes: its attributes may have to follow when they change."""
-        self.tracer.trace.shapes.setdefault(self.tracer.where, []).extend(axes)
+        self.tracer.names(axes)
 
     def fresh(self, sizes: Sequence[int]) -> list[Dim]:
         return [self.space.new(s) for s in sizes]
