@@ -370,7 +370,7 @@ def test_one_changed_bit_is_found(saved):
 
 
 def rehashed(folder: Path) -> None:
-    from secateur.artifact.about import sha256
+    from secateur.files import sha256
 
     edit(folder, {"sha256": {p.name: sha256(p) for p in folder.iterdir() if p.name != "secateur.json"}})
 

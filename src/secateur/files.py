@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -101,6 +102,12 @@ def check_writable(path: Path, *, file: bool = False) -> None:
     except OSError as e:
         _explain(e, path)
         raise
+
+
+def sha256(path: Path) -> str:
+    """Of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sweep(place: Path) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.artifact.about import About, sha256, to_json
+from secateur.artifact.about import About, to_json
 from secateur.errors import ArtifactError, SecateurError, SecateurWarning, SourceError
-from secateur.files import atomic_folder
+from secateur.files import atomic_folder, sha256
 from secateur.models import Source, build, source_of
 from secateur.nn.params import get_tensor
 from secateur.surgery import Recipe, plan_of, recipe_of
@@ -124,7 +124,7 @@ def _skeleton(source: Source) -> nn.Module:
     try:
         with torch.device("meta"):
             return build(source)
-    except (SourceError, NotImplementedError, RuntimeError):
+    except (SourceError, NotImplementedError, RuntimeError):  # constructors that compute with values, .item() and such
         return build(source)
 
 
