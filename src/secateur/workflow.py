@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from dataclasses import asdict
@@ -200,13 +201,10 @@ def _check_possible(anatomy: Anatomy, settings: Settings, budget: Budget) -> Non
         raise AnatomyError("this model has no group that can be cut; `secateur inspect` says why")
     if settings.kinds and (unknown := sorted(set(settings.kinds) - set(have))):
         raise BudgetError(f"no group of kind '{unknown[0]}' can be cut; this model has {', '.join(have)}")
-    if not 0 <= settings.floor < 1 or settings.align < 1:
-        raise BudgetError(f"floor is a share below 1 and align at least 1, found {settings.floor}, {settings.align}")
-    if budget.kind != "quality":
-        names = [n for n, g in anatomy.cuttable.items() if not settings.kinds or str(g.kind) in settings.kinds]
-        dense = anatomy.params if budget.kind == "params" else anatomy.macs
-        target, values = budget.share * dense, dict.fromkeys(names, torch.empty(0))
-        check_reachable(Problem(Scores(values), anatomy, budget.kind, target, settings.floor, settings.align))
+    names = [n for n, g in anatomy.cuttable.items() if not settings.kinds or str(g.kind) in settings.kinds]
+    scores = Scores(dict.fromkeys(names, torch.empty(0)))
+    dense = {"params": anatomy.params, "macs": anatomy.macs, "quality": math.inf}[budget.kind]
+    check_reachable(Problem(scores, anatomy, budget.kind, budget.share * dense, settings.floor, settings.align))
 
 
 def _statistics(

@@ -60,8 +60,6 @@ def allocate(
         raise DataError("give anatomy= along with scores that were loaded from a file")
     if not isinstance(budget, Budget):
         budget = Budget(params=float(budget))
-    if not 0 <= floor < 1 or align < 1:
-        raise BudgetError(f"floor must be in [0, 1) and align at least 1, found {floor} and {align}")
     chosen = _of_kinds(scores, anatomy, kinds)
     kind = "params" if budget.kind == "quality" else budget.kind
     dense = float(anatomy.params if kind == "params" else anatomy.macs)

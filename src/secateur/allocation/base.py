@@ -33,6 +33,9 @@ class Problem:
         uniform: groups of one structure class keep the same count.
         options: of the allocator.
         model, data: for allocators that measure; None otherwise.
+
+    Raises:
+        BudgetError: floor or align make no sense.
     """
 
     scores: Scores
@@ -45,6 +48,10 @@ class Problem:
     options: Mapping[str, Any] = field(default_factory=dict)
     model: nn.Module | None = None
     data: Any = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < 1 or self.align < 1:
+            raise BudgetError(f"floor is a share below 1 and align at least 1, found {self.floor} and {self.align}")
 
     @property
     def groups(self) -> list[PrunableGroup]:
