@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur as sc
@@ -32,7 +33,8 @@ SEARCHED = 32
 
 def plain(options: argparse.Namespace) -> dict[str, Any]:
     """One forward and backward pass, nothing collected."""
-    model, data = dinov2(), _data(options)
+    model = dinov2()
+    data = _data(model, options)
     loss = losses.get("entropy")
     start = time.perf_counter()
     for batch in data:
@@ -45,7 +47,8 @@ def job(allocator: str, compensator: str) -> Callable[[argparse.Namespace], dict
     """Calibrate, score, allocate, cut."""
 
     def measured(options: argparse.Namespace) -> dict[str, Any]:
-        model, data = dinov2(), _data(options)
+        model = dinov2()
+        data = _data(model, options)
         start = time.perf_counter()
         anatomy = sc.inspect(model)
         statistics = sc.calibrate(model, data, anatomy)
@@ -90,9 +93,9 @@ STAGES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 }
 
 
-def _data(options: argparse.Namespace) -> Any:
+def _data(model: nn.Module, options: argparse.Namespace) -> sc.Batches:
     names = photographs(options.data, options.seed, options.calibration)[0]
-    return sc.batches(names, sc.source_of(dinov2()).image, seed=options.seed)
+    return sc.batches(names, sc.source_of(model).image, seed=options.seed)
 
 
 def _apart(stage: str, options: argparse.Namespace) -> dict[str, Any]:

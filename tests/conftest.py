@@ -17,12 +17,29 @@ import torch
 from PIL import Image
 
 from secateur._compat import ensure_torchvision
+from secateur.calibration.statistics import LayerSums
 
 ensure_torchvision()
 torch.set_num_threads(1)
 
 TIMM = "timm/test_vit"
 TIMM_OPTIONS = {"pretrained": False, "img_size": 64, "num_classes": 7}
+
+
+def sums_of(h_TN: torch.Tensor) -> LayerSums:
+    """What calibration would keep of one layer's inputs: T tokens, N features."""
+    sums = LayerSums.zeros(h_TN.shape[1])
+    for name, value in (
+        ("count", torch.tensor(float(len(h_TN)))),
+        ("weight", torch.tensor(float(len(h_TN)))),
+        ("total", h_TN.sum(0)),
+        ("first", h_TN.sum(0)),
+        ("square", h_TN.square().sum(0)),
+        ("absolute", h_TN.abs().sum(0)),
+        ("outer", h_TN.T @ h_TN),
+    ):
+        sums.add(name, value)
+    return sums
 
 
 def picture(rng: np.random.Generator, width: int = 96, height: int = 80) -> Image.Image:

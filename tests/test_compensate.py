@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import secateur as sc
+from conftest import sums_of
 from secateur.anatomy import find_anatomy
-from secateur.calibration.statistics import LayerSums, Statistics
+from secateur.calibration.statistics import Statistics
 from secateur.plan import Kept, Plan
 
 
@@ -33,17 +34,7 @@ def setup(bias=True, conv=False):
     x = torch.randn(40, 6, 4, 4) if conv else torch.randn(40, 16, 6)
     anatomy = find_anatomy(model, x[:2])
     h = hidden(model, x)
-    sums = LayerSums.zeros(12)
-    for name, value in (
-        ("count", torch.tensor(float(len(h)))),
-        ("weight", torch.tensor(float(len(h)))),
-        ("total", h.sum(0)),
-        ("first", h.sum(0)),
-        ("square", h.square().sum(0)),
-        ("absolute", h.abs().sum(0)),
-        ("outer", h.T @ h),
-    ):
-        sums.add(name, value)
+    sums = sums_of(h)
     (name,) = anatomy.cuttable
     keep = (0, 1, 3, 4, 7, 8, 11)
     plan = Plan(groups={name: Kept(kind="hidden", size=12, keep=keep)})

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import secateur as sc
+from conftest import sums_of
 from secateur.anatomy import find_anatomy
 from secateur.calibration.statistics import LayerSums, Statistics
 from secateur.criteria import criteria
@@ -36,17 +37,7 @@ def layer():
         h = model.act(model.fc1(x))
     anatomy = find_anatomy(model, x[:2])
     group = next(iter(anatomy.cuttable.values()))
-    sums = LayerSums.zeros(10)
-    for name, value in (
-        ("count", torch.tensor(200.0)),
-        ("weight", torch.tensor(200.0)),
-        ("total", h.sum(0)),
-        ("first", h.sum(0)),
-        ("square", h.square().sum(0)),
-        ("absolute", h.abs().sum(0)),
-        ("outer", h.T @ h),
-    ):
-        sums.add(name, value)
+    sums = sums_of(h)
     return model, group, h, Statistics(layers={"fc2": sums}, images=200)
 
 

@@ -44,4 +44,4 @@ def _root(
 
 def main() -> None:
     """Entry point."""
-    exits.run(app)
+    exits.run(lambda: app(prog_name="secateur"))
