@@ -154,6 +154,56 @@ def shallow(tmp_path_factory) -> Path:
     return folder
 
 
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "rain",
+    "fell",
+    "and",
+    "nobody",
+    "asked",
+    "why",
+    "dogs",
+    "bark",
+    "at",
+    "night",
+]
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A few thousand words in lines; not to be changed."""
+    rng = np.random.default_rng(0)
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text("\n".join(" ".join(rng.choice(WORDS, 12)) for _ in range(400)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def language(tmp_path_factory, text_file) -> Path:
+    """A transformers folder with a tiny LLaMA of grouped query heads, and its tokenizer."""
+    import transformers as t
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("language") / "llama"
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.train([str(text_file)], trainers.BpeTrainer(vocab_size=96, special_tokens=special))
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    t.LlamaForCausalLM(t.LlamaConfig(**size, **heads, tie_word_embeddings=True)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of one megabyte."""

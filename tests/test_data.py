@@ -440,4 +440,4 @@ def test_batch_size():
 
 
 def test_public_names():
-    assert set(data.__all__) == {"Batches", "batches", "find_images", "labelled_folder"}
+    assert set(data.__all__) == {"Batches", "batches", "find_images", "labelled_folder", "windows"}

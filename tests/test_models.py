@@ -179,15 +179,26 @@ def test_the_kind_of_attention_is_kept(model_folders):
     assert build(source_of(model)).config._attn_implementation == "eager"
 
 
-def test_models_that_read_text_say_so(tmp_path):
+def test_models_that_read_text_get_tokens(tmp_path):
     import transformers
 
     config = transformers.BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20
     )
     transformers.BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(SourceError, match="BertModel reads input_ids, not images"):
-        example_input(sc.load_model(tmp_path))
+    tokens = example_input(sc.load_model(tmp_path))
+    assert tokens.shape == (2, 64)
+    assert not tokens.is_floating_point()
+    assert int(tokens.max()) < 20
+
+
+def test_models_that_read_something_else_say_so():
+    import transformers
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**size))
+    with pytest.raises(SourceError, match="Wav2Vec2Model reads input_values, neither images nor text"):
+        example_input(model)
 
 
 def test_nothing_is_said_while_loading(model_folders, capfd):

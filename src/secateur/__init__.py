@@ -38,6 +38,7 @@ _WHERE = {
     "Statistics": "calibration",
     "fidelity": "evaluation",
     "knn": "evaluation",
+    "perplexity": "evaluation",
     "latency": "measurement",
     "macs": "measurement",
     "parameters": "measurement",
@@ -78,7 +79,7 @@ if TYPE_CHECKING:
     from secateur.criteria import GroupView, Scores, criterion, score
     from secateur.data import batches
     from secateur.errors import SecateurError
-    from secateur.evaluation import fidelity, knn
+    from secateur.evaluation import fidelity, knn, perplexity
     from secateur.measurement import latency, macs, parameters
     from secateur.models import source_of
     from secateur.plan import Budget, Plan

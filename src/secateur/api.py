@@ -64,8 +64,9 @@ def prune_(model: nn.Module, plan: Plan, **options: Any) -> nn.Module:
         plan: for this model.
         compensate: "none", "mean", "ridge", "affine" or "sequential" (`list_compensators()`).
         stats: of the dense model.
-        data: images, for "sequential", which reads them again.
+        data: images or text, for "sequential", which reads them again.
         anatomy: of the dense model; that of the statistics by default.
+        batch_size, limit, seed, window, stride: of `data`, see `secateur.data.batches`.
         ridge, add_bias: see `secateur.surgery.prune_`.
 
     Raises:
@@ -101,9 +102,11 @@ def _cut(
     stats: Statistics | None = None,
     data: Any = None,
     anatomy: Anatomy | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     limit: int | None = None,
     seed: int = 0,
+    window: int = 256,
+    stride: int | None = None,
     ridge: float = 1e-3,
     add_bias: bool = True,
 ) -> nn.Module:
@@ -122,7 +125,9 @@ def _cut(
     small = function(
         model, plan, anatomy=anatomy, compensate=compensate, statistics=stats, ridge=ridge, add_bias=add_bias
     )
-    images = batches(data, source_of(model).image, size=batch_size, limit=limit, seed=seed)
+    images = batches(
+        data, source_of(model).input, size=batch_size, limit=limit, seed=seed, window=window, stride=stride
+    )
     added = refit_(small, model, anatomy, images, statistics=stats, add_bias=add_bias)
     recipe = recipe_of(small)
     recipe.biases.extend(name for name in added if name not in recipe.biases)

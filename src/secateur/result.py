@@ -27,7 +27,9 @@ class Settings:
     kinds: tuple[str, ...] | None = None
     limit: int = 512
     held_out: int = 128
-    batch_size: int = 16
+    batch_size: int | None = None
+    window: int = 256
+    stride: int | None = None
     floor: float = 0.1
     align: int = 8
     uniform_width: bool = False

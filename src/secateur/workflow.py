@@ -49,7 +49,8 @@ def compress(
 
     Args:
         model: anything `load_model` takes.
-        images: unlabeled images, anything `batches` takes; a part is held out for evaluation.
+        images: unlabeled images, or text for a language model, anything `batches` takes; a part is held out for
+            evaluation.
         out: folder to save to; finished steps are kept in `<out>.work` beside it until it is there.
         resume: go on from the finished steps of an interrupted run with the same settings (needs `out`).
         measure: time both models.
@@ -60,6 +61,7 @@ def compress(
             kinds: cut only groups of these kinds.
             limit, held_out: at most so many images for calibration and for evaluation.
             batch_size, dtype, seed, broken: of the calibration.
+            window, stride: of text, see `batches`.
             floor, align, uniform_width: of the allocation.
             ridge: of the compensation.
 
@@ -132,7 +134,7 @@ def _run(
     def quality_of(plan: Plan) -> float:
         """Of a plan, from a refit on part of the images: the final cut, refit on all of them, is no worse."""
         few = calibration.pick(range(min(128, len(calibration.items))))
-        return fidelity(cut(plan, few), dense, held_out).cls_cosine
+        return fidelity(cut(plan, few), dense, held_out).quality
 
     plan = steps.keep(
         "plan.json",
@@ -171,11 +173,13 @@ def split(images: Any, dense: nn.Module, settings: Settings) -> tuple[Batches, B
             raise DataError(f"{name} is a number of images, at least 2, found {getattr(settings, name)}")
     everything = batches(
         images,
-        source_of(dense).image,
+        source_of(dense).input,
         size=settings.batch_size,
         limit=settings.limit + settings.held_out,
         seed=settings.seed,
         broken=settings.broken,
+        window=settings.window,
+        stride=settings.stride,
     ).readable()
     order = list(range(len(everything.items)))
     if len(order) < 2:
@@ -239,9 +243,9 @@ def _note_disappointments(result: Result, budget: Budget) -> None:
     """What was asked for and could not quite be had."""
     if all(len(kept.keep) == kept.size for kept in result.plan.groups.values()):
         warnings.warn("nothing was cut: the budget leaves the whole model as it is", SecateurWarning, stacklevel=4)
-    elif budget.kind == "quality" and result.fidelity.cls_cosine < budget.share:
+    elif budget.kind == "quality" and result.fidelity.quality < budget.share:
         warnings.warn(
-            f"the finished model's cosine is {result.fidelity.cls_cosine:.4f}, below the {budget.share} asked for",
+            f"the finished model's quality is {result.fidelity.quality:.4f}, below the {budget.share} asked for",
             SecateurWarning,
             stacklevel=4,
         )

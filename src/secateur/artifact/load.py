@@ -3,6 +3,7 @@ from safetensors."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.artifact.about import NAME, About
 from secateur.errors import AnatomyError, ArtifactError, SourceError
-from secateur.models import attach, build, open_source
+from secateur.models import Source, attach, build, open_source
 from secateur.nn.params import owner_of
 from secateur.plan import Plan
 from secateur.surgery import Recipe, mark_as_cut
@@ -34,10 +35,8 @@ def load(folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     plan = Plan.load(about.check(folder, "plan.json")) if "plan.json" in about.sha256 else None
     tensors = _read_weights(about.check(folder, "model.safetensors"))
     _check_names(recipe, tensors, about.tied, folder)
-    if model is None:
-        model = build(about.source)
-    else:
-        attach(model, about.source)
+    source = _with_tokenizer(about.source, folder)
+    model = attach(build(source) if model is None else model, source)
     try:
         recipe.apply_(model.eval())
     except (AnatomyError, RuntimeError, ValueError, TypeError, ArithmeticError, IndexError) as e:
@@ -67,6 +66,13 @@ def load_model(spec: str | Path | nn.Module, **options: Any) -> nn.Module:
             raise SourceError(f"'{spec}' was written by Secateur and takes no {', '.join(options)}; leave it out")
         return load(spec)
     return open_source(spec, **options)
+
+
+def _with_tokenizer(source: Source, folder: Path) -> Source:
+    """The Source, with the tokenizer that lies beside the weights."""
+    if source.text is None or not (folder / "tokenizer_config.json").is_file():
+        return source
+    return replace(source, text=replace(source.text, tokenizer=str(folder), gguf=""))
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:

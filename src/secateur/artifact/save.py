@@ -4,6 +4,7 @@ model.safetensors   the small weights
 secateur.json       where the model came from, what its structure is, hashes, figures
 plan.json           which units were kept
 config.json         the source library's own configuration of the dense model (open_clip_config.json for open_clip)
+tokenizer.json ...  of models that read text
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from secateur.artifact.about import About, to_json
 from secateur.errors import ArtifactError, SecateurError, SecateurWarning, SourceError
 from secateur.files import atomic_folder, sha256
 from secateur.models import Source, build, source_of
+from secateur.models.text import tokenizer
 from secateur.nn.params import get_tensor
 from secateur.surgery import Recipe, plan_of, recipe_of
 
@@ -48,6 +50,7 @@ def save(model: nn.Module, folder: str | Path, *, figures: dict[str, Any] | None
             (temporary / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         for name, config in _library_config(source).items():
             (temporary / name).write_text(to_json(config), encoding="utf-8")
+        _write_tokenizer(source, temporary)
         About(
             source=source,
             recipe=recipe.model_dump(),
@@ -64,6 +67,16 @@ def _library_config(source: Source) -> dict[str, dict[str, Any]]:
         preprocess = {"mean": source.image.mean, "std": source.image.std, "interpolation": source.image.interpolation}
         return {"open_clip_config.json": {"model_cfg": source.config, "preprocess_cfg": preprocess}}
     return {"config.json": source.config} if source.config else {}
+
+
+def _write_tokenizer(source: Source, folder: Path) -> None:
+    """The tokenizer goes with the model, where there is one."""
+    if source.text is None or not source.text.tokenizer:
+        return
+    try:
+        tokenizer(source.text).save_pretrained(folder)
+    except SourceError as e:
+        warnings.warn(f"the model is saved without its tokenizer: {e}", SecateurWarning, stacklevel=3)
 
 
 def _tensors(model: nn.Module, sliced: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -16,14 +16,15 @@ from secateur.calibration.collect import Collector, sliver_cut
 from secateur.calibration.distributed import add_over_ranks, merge_over_ranks, rank_and_world
 from secateur.calibration.losses import Loss, LossInput, losses
 from secateur.calibration.statistics import LayerSums, Statistics, TaylorSums
+from secateur.calibration.stream import StreamSums, StreamWatch
 from secateur.data import batches
 from secateur.errors import AnatomyError, DataError
 from secateur.fingerprint import fingerprint
-from secateur.models import Features, features, source_of
+from secateur.models import Features, TextSpec, features, source_of
 from secateur.nn.attention import explicit_attention
 from secateur.progress import track
 
-__all__ = ["LayerSums", "Statistics", "TaylorSums", "calibrate", "losses"]
+__all__ = ["LayerSums", "Statistics", "StreamSums", "TaylorSums", "calibrate", "losses"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -37,12 +38,14 @@ def calibrate(
     weighting: str | None = "features",
     power: float = 0.5,
     covariance: bool = True,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     limit: int | None = None,
     dtype: str = "float32",
     checkpointing: bool = False,
     broken: float = 0.1,
     seed: int = 0,
+    window: int = 256,
+    stride: int | None = None,
 ) -> Statistics:
     """Run the data through a model once and keep the sums that criteria, allocators and compensators need.
 
@@ -58,11 +61,13 @@ def calibrate(
             weights. Ignored unless it is among `loss`.
         power: how strongly; 0 is equal weights, 1 is the gradient energy itself.
         covariance: collect outer products (N x N per layer); without them only diagonal criteria can be used.
-        batch_size: images per batch; losses that compare images within a batch need at least two.
-        limit: use only so many images.
+        batch_size: images (16) or windows of text (4) per batch; losses that compare images within a batch need at
+            least two.
+        limit: use only so many images or windows.
         dtype: "float32" or "bfloat16" arithmetic; sums are float32 always.
         checkpointing: recompute activations in the backward pass, block by block.
-        broken: largest share of unreadable images to put up with.
+        broken: largest share of unreadable images, or lines of text, to put up with.
+        window, stride: of text, see `secateur.data.batches`.
 
     Raises:
         DataError: too few images, or a loss that this data or model cannot serve.
@@ -71,15 +76,17 @@ def calibrate(
     names = (loss,) if isinstance(loss, str) else tuple(loss)
     chosen = {name: losses.get(name) for name in names}
     weighting = weighting if weighting in chosen else None
-    stream = batches(data, source_of(model).image, size=batch_size, limit=limit, seed=seed, broken=broken)
-    if any(x.in_batch for x in chosen.values()) and min(batch_size, len(stream.items)) < 2:
+    spec = source_of(model).input
+    reader = batches(data, spec, size=batch_size, limit=limit, seed=seed, broken=broken, window=window, stride=stride)
+    in_batch = any(x.in_batch for x in chosen.values()) and not isinstance(spec, TextSpec)
+    if in_batch and min(reader.size, len(reader.items)) < 2:
         raise DataError(
             f"loss '{', '.join(names)}' compares images within a batch: give at least 2 images and batch_size 2"
         )
     if dtype not in DTYPES:
         raise DataError(f"dtype '{dtype}' is not known; use {' or '.join(DTYPES)}")
     rank, world = rank_and_world()
-    stream = stream.shard(rank, world) if world > 1 else stream
+    reader = reader.shard(rank, world) if world > 1 else reader
     first = next((n for n, x in chosen.items() if not x.sliver), None)
     collector = Collector(
         model,
@@ -93,18 +100,21 @@ def calibrate(
     if not collector.watches:
         raise AnatomyError("the model has no group whose units can be observed; see `secateur inspect` for the reasons")
     device = next(model.parameters()).device
+    watch = StreamWatch(model, anatomy.blocks)
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
+        stack.enter_context(_graph_from_embeddings(model))
         stack.enter_context(explicit_attention(model))
         stack.enter_context(collector.watching())
         if checkpointing:
             stack.enter_context(checkpointed(model, anatomy.blocks))
-        for i, (images, labels) in enumerate(track(stream.labelled(), "Calibrating", len(stream))):
+        for i, (images, labels) in enumerate(track(reader.labelled(), "Calibrating", len(reader))):
             step_seed = seed * 1_000_003 + rank + i * world
             with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-                _one_batch(model, anatomy, collector, chosen, images.to(device), labels, step_seed)
+                _one_batch(model, anatomy, collector, watch, chosen, images.to(device), labels, step_seed)
     statistics = collector.statistics
-    statistics.skipped = dict(stream.skipped)
+    statistics.stream = watch.sums if anatomy.blocks else None
+    statistics.skipped = dict(reader.skipped)
     if world > 1:
         statistics.reduce_(add_over_ranks)
         statistics.skipped = merge_over_ranks(statistics.skipped)
@@ -115,7 +125,7 @@ def calibrate(
         "weighting": weighting,
         "power": power,
         "dtype": dtype,
-        "batch_size": batch_size,
+        "batch_size": reader.size,
         "seed": seed,
         "losses": list(names),
     }
@@ -126,6 +136,7 @@ def _one_batch(
     model: nn.Module,
     anatomy: Anatomy,
     collector: Collector,
+    stream: StreamWatch,
     chosen: dict[str, Loss],
     images: Tensor,
     labels: Tensor | None,
@@ -133,11 +144,14 @@ def _one_batch(
 ) -> None:
     collector.images = images.shape[0]
     collector.statistics.images += images.shape[0]
-    usable = {n: x for n, x in chosen.items() if not (x.in_batch and images.shape[0] < 2)}
+    spec = source_of(model).input
+    text = isinstance(spec, TextSpec)
+    labels = images if isinstance(spec, TextSpec) and spec.causal else labels
+    usable = {n: x for n, x in chosen.items() if text or not (x.in_batch and images.shape[0] < 2)}
     plain = {n: x for n, x in usable.items() if not x.sliver}
     collector.phase = "forward"
-    images = images.requires_grad_(bool(plain))
-    with torch.set_grad_enabled(bool(plain)):
+    images = images if text else images.requires_grad_(bool(plain))
+    with torch.set_grad_enabled(bool(plain)), stream.watching():
         seen = features(model, images)
     _check(seen.embedding)
     for k, (name, loss) in enumerate(plain.items()):
@@ -155,7 +169,7 @@ def _sliver_step(
 ) -> None:
     """A second run with a sliver cut, compared with the first: only its gradients are collected."""
     collector.phase = f"student of {name}"
-    images = images.detach().requires_grad_(True)
+    images = images.detach().requires_grad_(images.is_floating_point())
     with sliver_cut(model, anatomy):
         student = features(model, images)
         collector.phase = name
@@ -167,6 +181,22 @@ def _check(embedding: Tensor) -> None:
         raise AnatomyError(
             "the model's output is not finite (NaN or infinity); check its weights, or use float32 instead of bfloat16"
         )
+
+
+@contextmanager
+def _graph_from_embeddings(model: nn.Module) -> Iterator[None]:
+    """Token ids have no gradient: within the context the graph begins at what embeddings make of them."""
+
+    def begin(_module: nn.Module, _args: Any, out: Any) -> None:
+        if torch.is_grad_enabled() and isinstance(out, Tensor) and not out.requires_grad:
+            out.requires_grad_(True)
+
+    handles = [m.register_forward_hook(begin) for m in model.modules() if isinstance(m, nn.Embedding)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

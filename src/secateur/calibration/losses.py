@@ -1,6 +1,6 @@
 """Losses whose gradient says which units matter; all but one need no labels.
 
-Shapes: B batch, D features, C classes.
+Shapes: B batch, D features, C classes (of a language model: tokens of the vocabulary), T tokens of a text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LossInput:
 
     Attributes:
         features: of the batch.
-        labels: [B], if the data has them.
+        labels: [B], if the data has them; of a text its token ids [B, T].
         teacher: features of the uncut model, for losses that ask for it.
         seed: of this batch, the same on every rank.
     """
@@ -39,7 +39,8 @@ class Loss:
     """A loss: the function (its value summed over the batch), and what it needs.
 
     Attributes:
-        in_batch: it compares images with one another, so a batch of one says nothing.
+        in_batch: it compares images with one another, so a batch of one says nothing; language models are compared
+            token by token instead.
         sliver: it is flat at the uncut model, so a sliver is cut first and the uncut model is the teacher.
     """
 
@@ -66,11 +67,13 @@ def _entropy(log_p: Tensor) -> Tensor:
 
 def in_batch_entropy(given: LossInput) -> Tensor:
     """Entropy of the in-batch softmax over CLS similarities: the self-supervised loss of AMP."""
+    if len(given.features.embedding) < 2:
+        raise DataError("loss 'entropy' compares examples within a batch: give a batch size of at least 2")
     return _entropy(similarities(given.features.embedding))
 
 
 def logits_entropy(given: LossInput) -> Tensor:
-    """Entropy of the classifier's own prediction (HFPrune's loss, for a classifier)."""
+    """Entropy of the model's own prediction: of the class, or of every next token (HFPrune)."""
     if given.features.logits is None:
         raise DataError("loss 'logits-entropy' needs a model with a classifier; use 'entropy' or 'features'")
     return _entropy(given.features.logits.float().log_softmax(-1))
@@ -81,9 +84,16 @@ def random_projection(given: LossInput) -> Tensor:
 
     For features f with Jacobian J and a random r with E[r r^T] = 1, the gradient g = J^T r has E[g g^T] = J^T J, so the
     error that a change makes to the features can be read off at every layer. The embedding and all patches together
-    weigh the same.
+    weigh the same. What a language model is for is its prediction: there the Fisher information of the next-token
+    distribution is taken, the gradient of the cross-entropy with tokens drawn from it.
     """
     generator = torch.Generator().manual_seed(given.seed)
+    logits = given.features.logits
+    if logits is not None and logits.dim() == 3:
+        flat = logits.float().flatten(0, 1)
+        noise = torch.rand(flat.shape, generator=generator).to(flat.device).clamp_min_(1e-20)
+        drawn = (flat.detach() - noise.log_().neg_().log_()).argmax(-1)  # Gumbel: a draw from the softmax
+        return F.cross_entropy(flat, drawn, reduction="sum")
 
     def project(x: Tensor) -> Tensor:
         x = F.normalize(x.float(), dim=-1)
@@ -108,7 +118,10 @@ def self_distillation(given: LossInput) -> Tensor:
 
 
 def cross_entropy(given: LossInput) -> Tensor:
-    """The task's own loss, where labels are given."""
+    """The task's own loss, where labels are given; of a language model, the next token's."""
+    logits = given.features.logits
+    if logits is not None and logits.dim() == 3 and given.labels is not None:
+        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), given.labels[:, 1:].flatten(), reduction="sum")
     if given.labels is None or given.features.logits is None:
         raise DataError("loss 'cross-entropy' needs labels (a folder with one subfolder a class) and a classifier")
     classes = given.features.logits.shape[-1]

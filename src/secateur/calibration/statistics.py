@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.anatomy.types import Anatomy
+from secateur.calibration.stream import StreamSums
 from secateur.errors import DataError
 from secateur.tensorfile import read_tensors, write_tensors
 
@@ -136,7 +137,8 @@ class Statistics:
     Attributes:
         layers: by dotted path of the consumer layer.
         taylor: by loss, then by "<group>@<layer>".
-        images: number of images seen.
+        stream: how much the residual stream turns from block to block; None if the model has no repeated blocks.
+        images: number of images (or windows of text) seen.
         skipped: name and reason of images that could not be read.
         meta: fingerprint of the model, token weighting, settings.
         model, anatomy: those of the calibration; not saved.
@@ -144,6 +146,7 @@ class Statistics:
 
     layers: dict[str, LayerSums] = field(default_factory=dict)
     taylor: dict[str, dict[str, TaylorSums]] = field(default_factory=dict)
+    stream: StreamSums | None = None
     images: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
@@ -164,6 +167,8 @@ class Statistics:
             for name, sums in groups.items():
                 for f in fields(sums):
                     out[f"taylor|{loss}|{name}|{f.name}"] = getattr(sums, f.name)
+        if self.stream is not None:
+            out |= {f"stream|{f.name}": getattr(self.stream, f.name) for f in fields(self.stream)}
         return out
 
     def reduce_(self, add: Callable[[Tensor], None]) -> None:
@@ -194,12 +199,16 @@ class Statistics:
         out = cls(images=header["images"], skipped=header["skipped"], meta=header["meta"])
         layers: dict[str, dict[str, Tensor]] = {}
         taylor: dict[str, dict[str, dict[str, Tensor]]] = {}
+        stream: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             kind, *rest = name.split("|")
             if kind == "layer":
                 layers.setdefault(rest[0], {})[rest[1]] = tensor
+            elif kind == "stream":
+                stream[rest[0]] = tensor
             else:
                 taylor.setdefault(rest[0], {}).setdefault(rest[1], {})[rest[2]] = tensor
         out.layers = {k: LayerSums(**v) for k, v in layers.items()}
         out.taylor = {k: {g: TaylorSums(**t) for g, t in v.items()} for k, v in taylor.items()}
+        out.stream = StreamSums(**stream) if stream else None
         return out

@@ -26,8 +26,10 @@ from secateur.cli.options import (
     Random,
     Ridge,
     Seed,
+    Stride,
     Uniform,
     Weights,
+    Window,
     listed,
     model_options,
     report_skipped,
@@ -60,7 +62,9 @@ def compress(
     held_out: Annotated[
         int, typer.Option(min=2, help="Evaluate on at most so many others.", rich_help_panel=IMAGES)
     ] = 128,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = None,
+    window: Window = 256,
+    stride: Stride = None,
     broken: Broken = 0.1,
     dtype: Annotated[
         str, typer.Option(help="Arithmetic of the calibration: float32 or bfloat16.", rich_help_panel=METHOD)
@@ -107,6 +111,8 @@ def compress(
         uniform_width=uniform_width,
         ridge=ridge,
         batch_size=batch_size,
+        window=window,
+        stride=stride,
         dtype=dtype,
         broken=broken,
         seed=seed,

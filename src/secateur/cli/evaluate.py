@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,10 +16,15 @@ from secateur.cli.options import (
     Model,
     Random,
     Seed,
+    Stride,
     Weights,
+    Window,
     model_options,
     report_skipped,
 )
+
+if TYPE_CHECKING:
+    from secateur.evaluation import Perplexity
 
 
 def evaluate(
@@ -27,7 +32,12 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="Dense model to compare with, by the same forms as MODEL.")
     ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of images to compare on.", rich_help_panel=IMAGES)] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--images", "--text", help="Images to compare on; text for language models.", rich_help_panel=IMAGES
+        ),
+    ] = None,
     knn: Annotated[
         Path | None,
         typer.Option(
@@ -36,46 +46,67 @@ def evaluate(
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 20,
     limit: Limit = 1000,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = None,
+    window: Window = 256,
+    stride: Stride = None,
     broken: Broken = 0.1,
     seed: Seed = 0,
     weights: Weights = None,
     image_size: ImageSize = None,
     random_weights: Random = False,
 ) -> None:
-    r"""Compare a cut model with the dense one; kNN accuracy.
+    r"""Compare a cut model with the dense one; perplexity; kNN accuracy.
 
-    The comparison needs no labels; kNN does.
+    The comparison needs no labels; kNN does. The perplexity of a causal language model is given per token and per word,
+    over windows of --window tokens, the last --stride of which count.
 
     [bold]Examples[/bold]
 
     secateur evaluate small/ \
         --against timm/vit_small_patch14_reg4_dinov2.lvd142m --images photos/
     secateur evaluate small/ --knn tiny-imagenet/
+    secateur evaluate small-lm/ --text wikitext-test.txt --window 256 --limit 64
     """
-    from secateur import batches, fidelity, load_model, source_of
+    from secateur import batches, fidelity, load_model, perplexity, source_of
     from secateur import knn as knn_of
     from secateur.cli.tables import fidelity_rows, show
     from secateur.errors import DataError
+    from secateur.models import TextSpec
 
-    if (images is None) != (against is None) or (images is None and knn is None):
-        raise DataError("give --images with --against to compare with the dense model, or --knn with labelled images")
     options = model_options(weights, image_size, random_weights)
+    if images is None and (against is not None or knn is None):
+        raise DataError("give --images with --against to compare with the dense model, or --knn with labelled images")
     loaded = load_model(model, **(options if against is None else {}))
+    spec = source_of(loaded).input
+    text = isinstance(spec, TextSpec)
+    if images is not None and against is None and not (isinstance(spec, TextSpec) and spec.causal):
+        raise DataError("give --images with --against to compare with the dense model, or --knn with labelled images")
     rows: list[tuple[str, str]] = []
     skipped: dict[str, str] = {}
     title = "Kept"
+    read: dict[str, Any] = {
+        "size": batch_size,
+        "limit": limit,
+        "seed": seed,
+        "broken": broken,
+        "window": window,
+        "stride": stride,
+    }
+    if images is not None and against is None:
+        data = batches(images, spec, **read)
+        rows += _perplexities(perplexity(loaded, data, stride))
+        skipped |= data.skipped
     if images is not None and against is not None:
         dense = load_model(against, **options)
         sizes = [" x ".join(map(str, source_of(m).image.size)) for m in (loaded, dense)]
-        if sizes[0] != sizes[1]:
+        if sizes[0] != sizes[1] and not text:
             raise DataError(
                 f"'{model}' takes images of {sizes[0]}, '{against}' of {sizes[1]}; compare with its own dense model"
             )
-        data = batches(images, source_of(dense).image, size=batch_size, limit=limit, seed=seed, broken=broken)
+        data = batches(images, source_of(dense).input, **read)
         found = fidelity(loaded, dense, data)
         rows += fidelity_rows(found.to_dict())
-        title = f"Kept, on {found.images} images"
+        title = f"Kept, on {found.images} " + (f"windows of {window} tokens" if text else "images")
         skipped |= data.skipped
     if knn is not None:
         spec = source_of(loaded).image
@@ -90,3 +121,10 @@ def evaluate(
         skipped |= {**train.skipped, **test.skipped}
     report_skipped(skipped)
     show(title, ("", model), rows)
+
+
+def _perplexities(found: Perplexity) -> list[tuple[str, str]]:
+    """Both perplexities, with the protocol in the label."""
+    how = f"{found.windows} windows of {found.window} tokens, stride {found.stride}"
+    rows = [(f"perplexity per token ({how})", f"{found.token:.2f}")]
+    return rows if found.word is None else [*rows, (f"perplexity per word ({how})", f"{found.word:.2f}")]

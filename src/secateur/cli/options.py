@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-MODEL, IMAGES, BUDGET, METHOD = "Model", "Images", "Budget", "Method"
+MODEL, IMAGES, BUDGET, METHOD = "Model", "Images or text", "Budget", "Method"
 
 Model = Annotated[
     str,
@@ -26,13 +26,35 @@ Random = Annotated[
 ]
 Images = Annotated[
     Path,
-    typer.Option("--images", help="Folder of unlabeled images; subfolders are searched.", rich_help_panel=IMAGES),
+    typer.Option(
+        "--images",
+        "--text",
+        help="Folder of unlabeled images; for language models a text or .jsonl file, or a folder of them.",
+        rich_help_panel=IMAGES,
+    ),
 ]
-Limit = Annotated[int, typer.Option("--limit", min=1, help="Use at most so many images.", rich_help_panel=IMAGES)]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.", rich_help_panel=IMAGES)]
+Limit = Annotated[
+    int, typer.Option("--limit", min=1, help="Use at most so many images or windows.", rich_help_panel=IMAGES)
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images (default 16) or windows (default 4) per batch.", rich_help_panel=IMAGES),
+]
+Window = Annotated[int, typer.Option(min=2, help="Tokens of a window of text.", rich_help_panel=IMAGES)]
+Stride = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Tokens from one window to the next (default: the window's length).", rich_help_panel=IMAGES
+    ),
+]
 Broken = Annotated[
     float,
-    typer.Option(min=0, max=1, help="Largest share of unreadable images to put up with.", rich_help_panel=IMAGES),
+    typer.Option(
+        min=0,
+        max=1,
+        help="Largest share of unreadable images, or lines of text, to put up with.",
+        rich_help_panel=IMAGES,
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 KeepParams = Annotated[
@@ -87,7 +109,7 @@ def listed(text: str | None) -> tuple[str, ...] | None:
 
 
 def report_skipped(skipped: dict[str, str]) -> None:
-    """Say how many images could not be read, and name the first few."""
+    """Say how many images, or lines of text, could not be read, and name the first few."""
     if skipped:
         names = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""

@@ -21,8 +21,10 @@ from secateur.cli.options import (
     Model,
     Random,
     Seed,
+    Stride,
     Uniform,
     Weights,
+    Window,
     listed,
     model_options,
 )
@@ -48,9 +50,11 @@ def plan(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder of images, for allocators that measure (amp-bisect).", rich_help_panel=IMAGES),
+        typer.Option("--images", "--text", help="For allocators that measure (amp-bisect).", rich_help_panel=IMAGES),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Use at most so many of them.", rich_help_panel=IMAGES)] = 512,
+    window: Window = 256,
+    stride: Stride = None,
     seed: Seed = 0,
     everything: Annotated[bool, typer.Option("--all", help="List every group, not one line for equal ones.")] = False,
     weights: Weights = None,
@@ -83,7 +87,8 @@ def plan(
     loaded = load_model(model, **model_options(weights, image_size, random_weights))
     anatomy = inspect(loaded)
     scores = score(sums, criterion, model=loaded, anatomy=anatomy, seed=seed)
-    data = None if images is None else batches(images, source_of(loaded).image, limit=limit, seed=seed)
+    read: dict[str, Any] = {"limit": limit, "seed": seed, "window": window, "stride": stride}
+    data = None if images is None else batches(images, source_of(loaded).input, **read)
     made = allocate(
         scores,
         budget,

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.options import IMAGES, BatchSize, ImageSize, Model, Random, Ridge, Seed, Weights, model_options
+from secateur.cli.options import (
+    IMAGES,
+    BatchSize,
+    ImageSize,
+    Model,
+    Random,
+    Ridge,
+    Seed,
+    Stride,
+    Weights,
+    Window,
+    model_options,
+)
 
 
 def prune(
@@ -18,10 +30,15 @@ def prune(
     statistics: Annotated[Path | None, typer.Option(help="Written by `secateur calibrate`.")] = None,
     ridge: Ridge = 1e-3,
     images: Annotated[
-        Path | None, typer.Option(help="The calibration images, for sequential.", rich_help_panel=IMAGES)
+        Path | None,
+        typer.Option(
+            "--images", "--text", help="The calibration images or text, for sequential.", rich_help_panel=IMAGES
+        ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Use at most so many of them.", rich_help_panel=IMAGES)] = 512,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = None,
+    window: Window = 256,
+    stride: Stride = None,
     seed: Seed = 0,
     weights: Weights = None,
     image_size: ImageSize = None,
@@ -61,6 +78,8 @@ def prune(
         limit=limit,
         ridge=ridge,
         batch_size=batch_size,
+        window=window,
+        stride=stride,
         seed=seed,
     )
     save(small, out)

@@ -79,6 +79,9 @@ def fidelity_rows(figures: Mapping[str, float | int | None]) -> list[tuple[str, 
         "self_retrieval": "self-retrieval@1",
         "neighbours": "nearest neighbour kept",
         "top1_agreement": "top-1 agreement",
+        "kl": "KL to dense, nats per token",
+        "perplexity": "perplexity per token",
+        "dense_perplexity": "of the dense model",
     }
     return [(label, f"{figures[key]:.4f}") for key, label in names.items() if figures.get(key) is not None]
 

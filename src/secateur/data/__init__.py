@@ -1,4 +1,4 @@
-"""Data: folders, files, datasets and tensors, as batches."""
+"""Data: folders, files, datasets and tensors of images, and text, as batches."""
 
 from __future__ import annotations
 
@@ -8,16 +8,27 @@ from typing import Any
 from secateur.data.images import find_images, labelled_folder
 from secateur.data.items import items_of
 from secateur.data.reading import Batches
+from secateur.data.text import windows
 from secateur.errors import DataError
-from secateur.models.source import ImageSpec
+from secateur.models.source import ImageSpec, TextSpec
 
-__all__ = ["Batches", "batches", "find_images", "labelled_folder"]
+__all__ = ["Batches", "batches", "find_images", "labelled_folder", "windows"]
+
+IMAGE_SIZE, TEXT_SIZE = 16, 4
 
 
 def batches(
-    data: Any, spec: ImageSpec, *, size: int = 16, limit: int | None = None, seed: int = 0, broken: float = 0.1
+    data: Any,
+    spec: ImageSpec | TextSpec,
+    *,
+    size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    broken: float = 0.1,
+    window: int = 256,
+    stride: int | None = None,
 ) -> Batches:
-    """Batches from whatever holds images.
+    """Batches from whatever holds images, or text for models that read text.
 
     Labels come along where the data have them (subfolders, a dataset's classes, pairs) and are used only by what asks
     for labels: the loss "cross-entropy" and kNN.
@@ -28,10 +39,12 @@ def batches(
             [N, C, H, W] that is already normalised; or anything that yields such images or tensors, alone, with
             labels or in dicts, as a DataLoader does: that is read once, as far as `limit`, and kept. `Batches` are
             taken as they are.
-        spec: how the model wants its images.
-        size: images per batch.
+            For text see `secateur.data.text.windows`: the items are then windows of token ids.
+        spec: how the model wants what it reads.
+        size: images (16 by default) or windows (4 by default) per batch.
         limit: use only so many: drawn at random with `seed`, or the first ones of what can only be iterated.
-        broken: largest share of unreadable images to put up with.
+        broken: largest share of unreadable images, or lines of text, to put up with.
+        window, stride: tokens of a window of text, and from the beginning of one to that of the next.
 
     Raises:
         DataError: nothing usable is there.
@@ -42,9 +55,17 @@ def batches(
         return data.pick(_draw(len(data.items), limit, seed))
     if limit is not None and limit < 1:
         raise DataError(f"limit is the number of images to use, at least 1, found {limit}")
-    items, labels, classes = items_of(data, limit)
-    out = Batches(items, spec, size, labels, broken=broken, classes=classes)
-    return out if limit is None or limit >= len(items) else out.pick(_draw(len(items), limit, seed))
+    if isinstance(spec, TextSpec):
+        text = windows(data, spec, window, stride, broken)
+        out = Batches(text.items, spec, TEXT_SIZE if size is None else size, skipped=text.skipped, broken=broken)
+    else:
+        items, labels, classes = items_of(data, limit)
+        out = Batches(items, spec, IMAGE_SIZE if size is None else size, labels, broken=broken, classes=classes)
+    if limit is None or limit >= len(out.items):
+        return out
+    drawn = out.pick(_draw(len(out.items), limit, seed))
+    drawn.skipped = out.skipped
+    return drawn
 
 
 def _draw(count: int, limit: int, seed: int) -> list[int]:

@@ -1,6 +1,6 @@
-"""A list of images as batches: what cannot be read is skipped, counted and named.
+"""A list of images, or of windows of text, as batches: what cannot be read is skipped, counted and named.
 
-Shapes: B batch, C channels, H height, W width.
+Shapes: B batch, C channels, H height, W width, T tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur.data.images import to_crop, to_tensor
 from secateur.errors import DataError
-from secateur.models.source import ImageSpec
+from secateur.models.source import ImageSpec, TextSpec
 from secateur.progress import track
 
 _THREADS, _AHEAD = 4, 3  # batches being read while one is used
@@ -29,15 +29,15 @@ _MEMORY = 512 * 2**20  # bytes of decoded pixels that are kept for the next pass
 
 @dataclass
 class Batches:
-    """A fixed list of images, read in order, in batches; iterate as often as you like.
+    """A fixed list of images or windows of text, read in order, in batches; iterate as often as you like.
 
     Files are decoded in threads, and the pixels of the first few thousand are kept, so that further passes cost little.
 
     Attributes:
         items: paths, PIL images, 8-bit NumPy arrays [H, W] or [H, W, C], or tensors [C, H, W] that are already
-            normalised, in the order in which they are read.
+            normalised, in the order in which they are read; for text, tensors [T] of token ids.
         spec: how to make tensors of them.
-        size: images per batch.
+        size: items per batch.
         labels: class of every item, where known.
         skipped: name and reason of every item that could not be read, filled while reading, in the order of the items.
         broken: largest share of unreadable items to put up with.
@@ -47,7 +47,7 @@ class Batches:
     """
 
     items: Sequence[Any]
-    spec: ImageSpec
+    spec: ImageSpec | TextSpec
     size: int = 16
     labels: Sequence[int] | None = None
     skipped: dict[str, str] = field(default_factory=dict)
@@ -62,7 +62,9 @@ class Batches:
             raise DataError("no images were given; expected a folder, a list of files, a dataset or tensors")
         if self.size < 1:
             raise DataError(f"a batch holds at least one image, found batch size {self.size}")
-        if self.spec.channels not in (1, 3) and not isinstance(self.items[0], Tensor):
+        if isinstance(self.items[0], Tensor) or isinstance(self.spec, TextSpec):
+            return
+        if self.spec.channels not in (1, 3):
             raise DataError(f"the model wants {self.spec.channels} channels, image files give 1 or 3; give tensors")
 
     def __len__(self) -> int:
@@ -99,7 +101,7 @@ class Batches:
             yield images
 
     def labelled(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Batches [B, C, H, W] with their labels [B]; unreadable items are left out of both.
+        """Batches [B, C, H, W] (or token ids [B, T]) with their labels [B]; unreadable items are left out of both.
 
         Raises:
             DataError: too many images cannot be read, or tensors differ in shape.
@@ -140,7 +142,11 @@ class Batches:
             return found
         if known is None and (isinstance(found, str) or (len(self.seen) + 1) * found.nbytes <= _MEMORY):
             self.seen[index] = found
-        return found if isinstance(found, str) else to_tensor(found, self.spec)
+        return found if isinstance(found, str) else to_tensor(found, self._images())
+
+    def _images(self) -> ImageSpec:
+        assert isinstance(self.spec, ImageSpec)
+        return self.spec
 
     def _decode(self, index: int) -> Tensor | np.ndarray | str:
         try:
@@ -152,9 +158,9 @@ class Batches:
             if isinstance(item, np.ndarray):
                 item = Image.fromarray(item)
             if isinstance(item, Image.Image):
-                return to_crop(item, self.spec)
+                return to_crop(item, self._images())
             with Image.open(item) as image:
-                return to_crop(image, self.spec)
+                return to_crop(image, self._images())
         except MemoryError:
             raise
         except Exception as e:  # decoders raise whatever comes to their mind on damaged files

@@ -2,5 +2,6 @@
 
 from secateur.evaluation.fidelity import Fidelity, fidelity
 from secateur.evaluation.knn import knn, knn_top1
+from secateur.evaluation.perplexity import Perplexity, perplexity
 
-__all__ = ["Fidelity", "fidelity", "knn", "knn_top1"]
+__all__ = ["Fidelity", "Perplexity", "fidelity", "knn", "knn_top1", "perplexity"]

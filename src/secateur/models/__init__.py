@@ -1,4 +1,4 @@
-"""Loading: models of timm, transformers and open_clip, local folders, and modules of your own."""
+"""Loading: models of timm, transformers and open_clip, local folders, GGUF files, and modules of your own."""
 
 from __future__ import annotations
 
@@ -12,12 +12,23 @@ import torch
 from torch import nn
 
 from secateur.errors import SourceError
-from secateur.models.source import Features, ImageSpec, Source, attach, example_input, features, forward, source_of
+from secateur.models.source import (
+    Features,
+    ImageSpec,
+    Source,
+    TextSpec,
+    attach,
+    example_input,
+    features,
+    forward,
+    source_of,
+)
 
 __all__ = [
     "Features",
     "ImageSpec",
     "Source",
+    "TextSpec",
     "attach",
     "build",
     "example_input",
@@ -34,7 +45,7 @@ def open_source(spec: str | Path | nn.Module, **kwargs: Any) -> nn.Module:
     Raises:
         SourceError: the form is unknown (the answer lists the valid ones) or the model cannot be had.
     """
-    from secateur.models import hf, open_clip, timm, user
+    from secateur.models import gguf, hf, open_clip, timm, user
     from secateur.models.recognise import FORMS, folder_library
 
     if isinstance(spec, nn.Module):
@@ -42,6 +53,8 @@ def open_source(spec: str | Path | nn.Module, **kwargs: Any) -> nn.Module:
     if not isinstance(spec, (str, Path)):
         raise SourceError(f"cannot load a model from a {type(spec).__name__}; give {FORMS}")
     text = str(spec)
+    if text.lower().endswith(".gguf") and Path(text).is_file():
+        return _call(gguf.load, text, kwargs)
     if text and Path(text).is_dir():
         openers: dict[str, Callable[..., nn.Module]] = {
             "hf": hf.load,

@@ -16,11 +16,12 @@ from secateur._compat import ensure_torchvision
 from secateur.errors import SecateurWarning, SourceError, reason
 from secateur.models.hub import NO_HUB, library_call
 from secateur.models.source import Features, ImageSpec, Library, Source, attach
+from secateur.models.text import reads_images, reads_text, text_inputs, text_spec
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # as Pillow numbers them
 
 
-def _transformers():
+def libraries():
     ensure_torchvision()
     try:
         import transformers
@@ -43,30 +44,29 @@ def load(name: str, *, pretrained: bool = True, weights: str | None = None, **kw
     Raises:
         SourceError: the model cannot be found or opened, or is of no known class.
     """
-    transformers = _transformers()
+    transformers = libraries()
     if weights is not None:
         raise SourceError("transformers models take no weights file; give a folder with config.json and safetensors")
     if "img_size" in kwargs:
         raise SourceError("the image size of a transformers model is that of its config and cannot be chosen")
     try:
-        with library_call(), _quiet(transformers):
+        with library_call(), quiet(transformers):
             config, rest = transformers.AutoConfig.from_pretrained(
                 name, return_unused_kwargs=True, trust_remote_code=False, **kwargs
             )
             rest.pop("trust_remote_code", None)
             model = _pretrained(config, name, rest) if pretrained else model_class(config)(config)
-            spec = _image_spec(config, name) if reads_images(model) else ImageSpec()
     except SourceError:
         raise
     except Exception as e:
         raise SourceError(
             f"could not load '{name}' with transformers ({reason(e)}); {NO_HUB} with config.json and model.safetensors"
         ) from e
-    return attach(model.eval(), _source(model, name, spec))
+    return attach(model.eval(), source(model, name))
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """No reports, which `load` gives itself in one line, and no bars where nobody looks."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
@@ -106,7 +106,7 @@ def model_class(config: Any) -> Any:
     Raises:
         SourceError: there is none.
     """
-    transformers = _transformers()
+    transformers = libraries()
     for name in getattr(config, "architectures", None) or []:
         cls = getattr(transformers, name, None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
@@ -116,14 +116,17 @@ def model_class(config: Any) -> Any:
     return transformers.MODEL_MAPPING[type(config)]
 
 
-def _source(model: Any, name: str, image: ImageSpec) -> Source:
+def source(model: Any, name: str) -> Source:
+    """The Source of a model that came from this id, folder or file."""
     data = model.config.to_dict()
     data["architectures"] = [type(model).__name__]
     if attention := getattr(model.config, "_attn_implementation", None):
         data["attn_implementation"] = attention  # results differ in the last bits from one to another
     if hasattr(model, "pooler") and model.pooler is None:
         data["add_pooling_layer"] = False
-    return Source("hf", name, json.loads(json.dumps(data, default=str)), image)
+    image = _image_spec(model.config, name) if reads_images(model) else ImageSpec()
+    text = text_spec(model, name) if reads_text(model) else None
+    return Source("hf", name, json.loads(json.dumps(data, default=str)), image, text=text)
 
 
 def _image_spec(config: Any, name: str) -> ImageSpec:
@@ -185,7 +188,7 @@ def recognise(model: Any) -> Source | None:
         return None
     name = getattr(model, "name_or_path", "")
     with library_call():
-        return _source(model, name or type(model).__name__, _image_spec(model.config, name))
+        return source(model, name or type(model).__name__)
 
 
 def build(source: Source) -> nn.Module:
@@ -194,7 +197,7 @@ def build(source: Source) -> nn.Module:
     Raises:
         SourceError: the installed transformers does not know the model.
     """
-    transformers = _transformers()
+    transformers = libraries()
     data = dict(source.config)
     attention, pooling = data.pop("attn_implementation", None), data.pop("add_pooling_layer", True)
     try:
@@ -209,25 +212,24 @@ def build(source: Source) -> nn.Module:
         ) from e
 
 
-def reads_images(model: Any) -> bool:
-    """Whether there is an image side to feed."""
-    return hasattr(model, "get_image_features") or getattr(model, "main_input_name", "") == "pixel_values"
-
-
 def forward(model: Any, batch: Any) -> Any:
     """The vision tower of a CLIP-like model, else the whole model; a dict is passed by its names."""
     if isinstance(batch, dict):
         return model(**batch)
+    if reads_text(model):
+        return model(**text_inputs(model, batch))
     if hasattr(model, "get_image_features"):
         return model.get_image_features(pixel_values=batch)
     return model(**{getattr(model, "main_input_name", "pixel_values"): batch})
 
 
 def features(model: Any, batch: Tensor) -> Features:
+    if reads_text(model):
+        return _text_features(model, batch)
     if hasattr(model, "get_image_features"):
         out, base = model.get_image_features(pixel_values=batch), None
     else:
-        out, base = _with_base(model, batch)
+        out, base = _with_base(model, {getattr(model, "main_input_name", "pixel_values"): batch})
     if isinstance(out, Tensor):
         return Features(out.flatten(1))
     logits = getattr(out, "logits", None)
@@ -250,14 +252,22 @@ def features(model: Any, batch: Tensor) -> Features:
     return Features(embedding.flatten(1), tokens[:, prefix:], logits)
 
 
-def _with_base(model: Any, batch: Tensor) -> tuple[Any, Any]:
+def _text_features(model: Any, batch: Tensor) -> Features:
+    """Tokens after the last norm, their mean, and the prediction of a language model for every token."""
+    out, base = _with_base(model, text_inputs(model, batch))
+    logits = getattr(out, "logits", None)
+    tokens = next(t for t in (base if base is not None else out).values() if isinstance(t, Tensor) and t.dim() == 3)
+    return Features(tokens.mean(1), tokens, logits)
+
+
+def _with_base(model: Any, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
     """What a model gives, and what the model below its head gave meanwhile: its tokens are those after the last norm,
     which `hidden_states` are not."""
     inner = getattr(model, "base_model", model)
     seen: list[Any] = []
     handle = inner.register_forward_hook(lambda _module, _args, out: seen.append(out)) if inner is not model else None
     try:
-        out = model(**{getattr(model, "main_input_name", "pixel_values"): batch})
+        out = model(**inputs)
     finally:
         if handle is not None:
             handle.remove()

@@ -13,7 +13,7 @@ from secateur.models.source import Source
 
 FORMS = (
     "'timm/NAME', 'hf/ORG/NAME', 'open_clip/NAME:TAG', a local folder (saved by timm, transformers, open_clip or "
-    "Secateur), or an nn.Module"
+    "Secateur), a GGUF file, or an nn.Module"
 )
 
 

@@ -1,4 +1,4 @@
-"""Where a model came from: enough to rebuild its skeleton and to feed it images."""
+"""Where a model came from: enough to rebuild its skeleton and to feed it images or text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from secateur.errors import SourceError
 
 _ATTRIBUTE = "secateur_source"
+EXAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,25 @@ class ImageSpec:
 
 
 @dataclass(frozen=True)
+class TextSpec:
+    """How a model wants its text: as token ids.
+
+    Attributes:
+        tokenizer: hub id or folder that holds its tokenizer.
+        gguf: the file in that folder that holds it, for models that came as GGUF.
+        vocabulary: number of token ids that the model knows.
+        context: most tokens that it was made for, None if it does not say.
+        causal: it predicts the next token.
+    """
+
+    tokenizer: str = ""
+    gguf: str = ""
+    vocabulary: int = 0
+    context: int | None = None
+    causal: bool = False
+
+
+@dataclass(frozen=True)
 class Source:
     """A model's origin.
 
@@ -42,6 +62,7 @@ class Source:
         config: the library's own configuration, as JSON-able data.
         image: how it wants its images.
         weights: file or tag the weights came from, where the id does not say it.
+        text: how it wants its text, for models that read text and no images.
     """
 
     library: str = "module"
@@ -49,6 +70,12 @@ class Source:
     config: dict[str, Any] = field(default_factory=dict)
     image: ImageSpec = field(default_factory=ImageSpec)
     weights: str | None = None
+    text: TextSpec | None = None
+
+    @property
+    def input(self) -> ImageSpec | TextSpec:
+        """How the model wants what it reads."""
+        return self.text or self.image
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,9 +97,11 @@ class Features:
     """What a model says about a batch.
 
     Attributes:
-        embedding: [B, D], one vector per image: the CLS token after the last norm, or the model's own pooling.
-        patches: [B, N, D], patch tokens or positions of the last feature map; None if the model hides them.
-        logits: [B, C] of a classifier, or None.
+        embedding: [B, D], one vector per image: the CLS token after the last norm, or the model's own pooling; per
+            text, the mean of its tokens.
+        patches: [B, N, D], patch tokens, positions of the last feature map, or text tokens; None if the model hides
+            them.
+        logits: [B, C] of a classifier, [B, N, C] of a language model, or None.
     """
 
     embedding: Tensor
@@ -85,7 +114,7 @@ class Library:
     """What Secateur needs from a model library; one instance per library, see the modules beside this one.
 
     Attributes:
-        forward: run the part of the model that sees images, for tracing and measuring.
+        forward: run the part of the model that sees images (or text), for tracing and measuring.
         features: run it and say what came out.
     """
 
@@ -117,12 +146,12 @@ def library_of(model: nn.Module) -> Library:
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """Run the image side of a model, whatever its library; images follow the model's floating-point type."""
+    """Run the image side of a model (or all of one that reads text); images follow the model's floating-point type."""
     return library_of(model).forward(model, _as_wanted(model, batch))
 
 
 def features(model: nn.Module, batch: Any) -> Features:
-    """Run a model on images and return embedding, patches and logits, whatever its library."""
+    """Run a model on images, or token ids, and return embedding, patches and logits, whatever its library."""
     return library_of(model).features(model, _as_wanted(model, batch))
 
 
@@ -134,7 +163,7 @@ def _as_wanted(model: nn.Module, batch: Any) -> Any:
 
 
 def example_input(model: nn.Module, batch: int = 2) -> Tensor:
-    """Random images of the size that a model wants, on its device: [B, C, H, W].
+    """Random images of the size that a model wants, [B, C, H, W], or random tokens, [B, T], on its device.
 
     Raises:
         SourceError: the model reads something else.
@@ -143,13 +172,16 @@ def example_input(model: nn.Module, batch: int = 2) -> Tensor:
 
     from secateur.models import hf
 
+    spec, generator = source_of(model).input, torch.Generator().manual_seed(0)
+    parameter = next(model.parameters(), torch.empty(0))
+    if isinstance(spec, TextSpec):
+        tokens = min(EXAMPLE_TOKENS, spec.context or EXAMPLE_TOKENS)
+        first = min(16, spec.vocabulary - 1)  # padding and its like come before
+        return torch.randint(first, spec.vocabulary, (batch, tokens), generator=generator).to(parameter.device)
     if library_of(model) is hf.LIBRARY and not hf.reads_images(model):
         raise SourceError(
-            f"{type(model).__name__} reads {getattr(model, 'main_input_name', 'something else')}, not images: "
-            "give an example input, inspect(model, example=...)"
+            f"{type(model).__name__} reads {getattr(model, 'main_input_name', 'something else')}, neither images nor "
+            "text: give an example input, inspect(model, example=...)"
         )
-    spec = source_of(model).image
-    parameter = next(model.parameters(), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, spec.channels, *spec.size, generator=generator)
     return images.to(device=parameter.device, dtype=parameter.dtype if parameter.is_floating_point() else None)
