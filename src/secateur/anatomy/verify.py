@@ -26,6 +26,7 @@ from secateur.nn.masking import restrict_norm_, silence_
 from secateur.nn.reforward import reforward_
 from secateur.nn.slicing import AttrEdit, drop_caches_, finish_, keep_mask, slice_tensors_
 from secateur.nn.trees import tensors_in
+from secateur.nn.weightless import known_values, materialise_
 
 # Of the largest output. Where the module allows float64, only what it computes in float32 on its own is forgiven: a
 # scale that follows the size (1 / sqrt(d)) can change so little that a looser bound would miss it.
@@ -84,7 +85,7 @@ class Verifier:
             handles.append(self.model.get_submodule(path).register_forward_pre_hook(before, with_kwargs=True))
         try:
             if handles:
-                with torch.no_grad(), explicit_attention(self.model):
+                with torch.no_grad(), explicit_attention(self.model), known_values(self.model):
                     self.forward(self.model, self.example)
         finally:
             for handle in handles:
@@ -125,7 +126,7 @@ class Verifier:
         return tuple(out)
 
     def _module(self, group: PrunableGroup, dtype: torch.dtype) -> nn.Module:
-        clone = copy.deepcopy(self.model.get_submodule(group.owner))
+        clone = materialise_(copy.deepcopy(self.model.get_submodule(group.owner)))
         randomise_(clone)
         return clone.to(dtype)
 
@@ -136,7 +137,7 @@ class Verifier:
             if group.owner and group.owner not in self.inputs:
                 return "its module was never called", None
             args, kwargs = self.inputs[group.owner] if group.owner else ((self.example,), {})
-            args, kwargs = tree_map(lambda t, dtype=dtype: _cast(t, dtype), (args, kwargs))
+            args, kwargs = tree_map(lambda t, dtype=dtype: _cast(_valued(t), dtype), (args, kwargs))
 
             def run(module: nn.Module, inputs=(args, kwargs)) -> list[Tensor]:
                 args, kwargs = _copy(inputs)
@@ -312,6 +313,16 @@ def _copy(inputs: Any) -> Any:
         return copy.deepcopy(inputs)
     except Exception:  # an object that cannot be copied is passed as it is
         return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, inputs)
+
+
+def _valued(value: Any) -> Any:
+    """A tensor of which only the shape is known, the model having no weights, with random values."""
+    if not isinstance(value, Tensor) or not value.is_meta:
+        return value
+    if not value.is_floating_point():
+        return torch.zeros_like(value, device="cpu")
+    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(value.numel()))
+    return noise.to(value.dtype)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

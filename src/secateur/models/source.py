@@ -174,14 +174,15 @@ def example_input(model: nn.Module, batch: int = 2) -> Tensor:
 
     spec, generator = source_of(model).input, torch.Generator().manual_seed(0)
     parameter = next(model.parameters(), torch.empty(0))
+    device = torch.device("cpu") if parameter.is_meta else parameter.device
     if isinstance(spec, TextSpec):
         tokens = min(EXAMPLE_TOKENS, spec.context or EXAMPLE_TOKENS)
         first = min(16, spec.vocabulary - 1)  # padding and its like come before
-        return torch.randint(first, spec.vocabulary, (batch, tokens), generator=generator).to(parameter.device)
+        return torch.randint(first, spec.vocabulary, (batch, tokens), generator=generator).to(device)
     if library_of(model) is hf.LIBRARY and not hf.reads_images(model):
         raise SourceError(
             f"{type(model).__name__} reads {getattr(model, 'main_input_name', 'something else')}, neither images nor "
             "text: give an example input, inspect(model, example=...)"
         )
     images = torch.randn(batch, spec.channels, *spec.size, generator=generator)
-    return images.to(device=parameter.device, dtype=parameter.dtype if parameter.is_floating_point() else None)
+    return images.to(device=device, dtype=parameter.dtype if parameter.is_floating_point() else None)
