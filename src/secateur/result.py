@@ -37,6 +37,7 @@ class Settings:
     dtype: str = "float32"
     broken: float = 0.1
     seed: int = 0
+    memory_budget: str | None = None
 
     def budget(self) -> Budget:
         """The budget asked for.

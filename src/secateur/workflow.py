@@ -64,6 +64,8 @@ def compress(
             window, stride: of text, see `batches`.
             floor, align, uniform_width: of the allocation.
             ridge: of the compensation.
+            memory_budget: such as "6GB"; the model, a local transformers folder, is then never in memory as a whole but
+                calibrated and cut one block at a time, with criteria that need no gradients (needs `out`).
 
     Raises:
         SecateurError: whatever goes wrong, in one line that says what to do.
@@ -83,19 +85,15 @@ def compress(
         raise SecateurError("resume needs out=, the folder of the run to go on with")
     if out is not None:
         check_writable(Path(out))
+    if wanted.memory_budget is not None:
+        return _streamed(model, images, wanted, budget, out, resume, model_options)
     dense = load_model(model, **(model_options or {}))
     if recipe_of(dense).shapes:
         raise SecateurError("the model was cut before; compress the dense one, to a smaller budget")
     calibration, held_out, skipped = split(images, dense, wanted)
     anatomy = inspect(dense)
     _check_possible(anatomy, wanted, budget)
-    run = {
-        "secateur": __version__,
-        "model": fingerprint(dense),
-        "calibration images": mark_of_images(calibration),
-        "held-out images": mark_of_images(held_out),
-        **asdict(wanted),
-    }
+    run = _marks(fingerprint(dense), calibration, held_out, wanted)
     steps = Steps(None if out is None else Path(out), resume, run)
     with steps.announced():
         result = _run(steps, dense, anatomy, calibration, held_out, wanted, budget)
@@ -106,6 +104,47 @@ def compress(
             save(result.model, out, figures=result.figures())
             steps.finish()
     return result
+
+
+def _streamed(
+    model: Any,
+    images: Any,
+    wanted: Settings,
+    budget: Budget,
+    out: str | Path | None,
+    resume: bool,
+    model_options: dict[str, Any] | None,
+) -> Result:
+    """The same job on a model that stays on disk."""
+    from secateur.streaming import Job, Streamed, check_methods, parse_bytes
+
+    parse_bytes(str(wanted.memory_budget))
+    check_methods(wanted.criterion, wanted.allocator, budget)
+    if out is None:
+        raise SecateurError("a memory budget needs out=, the folder that finished blocks are written to")
+    if not isinstance(model, (str, Path)) or model_options:
+        raise SecateurError("with a memory budget give the folder of the model, and no options of loading")
+    source = Streamed.open(model)
+    calibration, held_out, skipped = split(images, source.model, wanted)
+    anatomy = inspect(source.model)
+    _check_possible(anatomy, wanted, budget)
+    steps = Steps(Path(out), resume, _marks(source.fingerprint(), calibration, held_out, wanted))
+    with steps.announced():
+        result = Job(source, anatomy, calibration, held_out, wanted).run(budget, steps, Path(out))
+        result.skipped = skipped
+        steps.finish()
+    return result
+
+
+def _marks(model: dict[str, str], calibration: Batches, held_out: Batches, wanted: Settings) -> dict[str, Any]:
+    """Everything that the finished steps of a run depend on."""
+    return {
+        "secateur": __version__,
+        "model": model,
+        "calibration images": mark_of_images(calibration),
+        "held-out images": mark_of_images(held_out),
+        **asdict(wanted),
+    }
 
 
 def _run(

@@ -88,23 +88,27 @@ class Allocator:
         allocate: from a problem to counts by group.
         curves: it needs error curves.
         measures: it runs the model on data.
+        blind: it looks at sizes and costs only, not at scores.
         options: names of the options it reads.
     """
 
     allocate: Callable[[Problem], dict[str, int]]
     curves: bool = False
     measures: bool = False
+    blind: bool = False
     options: tuple[str, ...] = ()
 
 
 allocators: Registry[Allocator] = Registry("allocator")
 
 
-def allocator(name: str, *, curves: bool = False, measures: bool = False, options: tuple[str, ...] = ()):
+def allocator(
+    name: str, *, curves: bool = False, measures: bool = False, blind: bool = False, options: tuple[str, ...] = ()
+):
     """Decorator: register a function from `Problem` to counts as an allocator."""
 
     def add(function: Callable[[Problem], dict[str, int]]) -> Callable[[Problem], dict[str, int]]:
-        allocators.register(name)(Allocator(function, curves, measures, options))
+        allocators.register(name)(Allocator(function, curves, measures, blind, options))
         return function
 
     return add

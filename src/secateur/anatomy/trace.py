@@ -301,9 +301,15 @@ def trace_model(model: nn.Module, forward: Callable[[nn.Module, Any], Any], exam
         node = tracer.new_node()
         tracer.info[tensor] = Info(axes, act=True, node=node, past=1 << node)
     tracer.trace.batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _module_stack(tracer, model), known_values(model):
-        with _PythonReads(tracer), tracer:
-            out = forward(model, example)
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        _module_stack(tracer, model),
+        known_values(model),
+        _PythonReads(tracer),
+        tracer,
+    ):
+        out = forward(model, example)
     for tensor in tensors_in(out):
         if tensor in tracer.info:
             tracer.trace.used[tracer.info[tensor].node] = AT_THE_END

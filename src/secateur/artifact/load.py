@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.artifact.about import NAME, About
+from secateur.artifact.weights import read_weights
 from secateur.errors import AnatomyError, ArtifactError, SourceError
-from secateur.models import Source, attach, build, open_source
+from secateur.models import Source, attach, build, open_source, skeleton
 from secateur.nn.params import owner_of
 from secateur.plan import Plan
 from secateur.surgery import Recipe, mark_as_cut
@@ -33,20 +34,26 @@ def load(folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     about = About.read(folder)
     recipe = Recipe.from_data(about.recipe, f"'{folder / NAME}'")
     plan = Plan.load(about.check(folder, "plan.json")) if "plan.json" in about.sha256 else None
-    tensors = _read_weights(about.check(folder, "model.safetensors"))
+    tensors = read_weights(folder, about)
     _check_names(recipe, tensors, about.tied, folder)
     source = _with_tokenizer(about.source, folder)
-    model = attach(build(source) if model is None else model, source)
-    try:
-        recipe.apply_(model.eval())
-    except (AnatomyError, RuntimeError, ValueError, TypeError, ArithmeticError, IndexError) as e:
-        raise ArtifactError(f"'{folder}' does not fit the skeleton ({e}); was its library upgraded?") from e
-    _fill_(model, tensors, about.tied, folder)
+
+    def filled(dense: nn.Module) -> nn.Module:
+        try:
+            recipe.apply_(attach(dense, source).eval())
+        except (AnatomyError, RuntimeError, ValueError, TypeError, ArithmeticError, IndexError) as e:
+            raise ArtifactError(f"'{folder}' does not fit the skeleton ({e}); was its library upgraded?") from e
+        _fill_(dense, tensors, about.tied, folder)
+        return dense
+
+    out = filled(skeleton(source) if model is None else model)
+    if model is None and any(t.is_meta for t in (*out.parameters(), *out.buffers())):
+        out = filled(build(source))  # some buffer is only made along with the weights
     for name, dtype in about.buffers.items():
-        _retype_(model, name, dtype)
+        _retype_(out, name, dtype)
     if plan is not None:
-        mark_as_cut(model, recipe, plan)
-    return model
+        mark_as_cut(out, recipe, plan)
+    return out
 
 
 def load_model(spec: str | Path | nn.Module, **options: Any) -> nn.Module:
@@ -73,16 +80,6 @@ def _with_tokenizer(source: Source, folder: Path) -> Source:
     if source.text is None or not (folder / "tokenizer_config.json").is_file():
         return source
     return replace(source, text=replace(source.text, tokenizer=str(folder), gguf=""))
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ArtifactError(f"'{file}' is not readable ({e}); copy the folder again") from e
 
 
 def _check_names(recipe: Recipe, tensors: dict[str, Tensor], tied: dict[str, str], folder: Path) -> None:

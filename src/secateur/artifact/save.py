@@ -1,6 +1,6 @@
 """Saving: one safetensors file and JSON beside it; the folder appears whole or not at all.
 
-model.safetensors   the small weights
+model.safetensors   the small weights (several files of a model that was cut piece by piece, see `weights`)
 secateur.json       where the model came from, what its structure is, hashes, figures
 plan.json           which units were kept
 config.json         the source library's own configuration of the dense model (open_clip_config.json for open_clip)
@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.artifact.about import About, to_json
-from secateur.errors import ArtifactError, SecateurError, SecateurWarning, SourceError
+from secateur.artifact.weights import SINGLE, storable
+from secateur.errors import SecateurError, SecateurWarning, SourceError
 from secateur.files import atomic_folder, sha256
-from secateur.models import Source, build, source_of
+from secateur.models import Source, skeleton, source_of
 from secateur.models.text import tokenizer
 from secateur.nn.params import get_tensor
 from secateur.surgery import Recipe, plan_of, recipe_of
@@ -40,26 +41,39 @@ def save(model: nn.Module, folder: str | Path, *, figures: dict[str, Any] | None
     """
     from safetensors.torch import save_file
 
-    folder, source, plan, recipe = Path(folder), source_of(model), plan_of(model), recipe_of(model)
-    tensors, tied = _tensors(model, list(recipe.shapes))
+    folder, source, recipe = Path(folder), source_of(model), recipe_of(model)
+    tensors, tied = storable(tensors_of(model, recipe.shapes))
     figures = json.loads(to_json(figures or {}))
     _warn_if_alone(model, source, recipe)
     with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        if plan is not None:
-            (temporary / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-        for name, config in _library_config(source).items():
-            (temporary / name).write_text(to_json(config), encoding="utf-8")
-        _write_tokenizer(source, temporary)
-        About(
-            source=source,
-            recipe=recipe.model_dump(),
-            tied=tied,
-            buffers=_computed_buffers(model, tensors),
-            sha256={file.name: sha256(file) for file in sorted(temporary.iterdir())},
-            figures=figures,
-        ).write(temporary)
+        save_file(tensors, temporary / SINGLE, metadata={"format": "pt"})
+        describe(model, temporary, tied, figures)
     return folder
+
+
+def describe(model: nn.Module, folder: Path, tied: dict[str, str], figures: dict[str, Any]) -> None:
+    """Write everything that goes beside the weights of a model into their folder.
+
+    Args:
+        model: with its structure, Source, recipe and plan; its weights are not looked at.
+        folder: holds the weights.
+        tied: names of tensors that share that of another name.
+        figures: measurements, JSON-able.
+    """
+    source, plan, recipe = source_of(model), plan_of(model), recipe_of(model)
+    if plan is not None:
+        (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    for name, config in _library_config(source).items():
+        (folder / name).write_text(to_json(config), encoding="utf-8")
+    _write_tokenizer(source, folder)
+    About(
+        source=source,
+        recipe=recipe.model_dump(),
+        tied=tied,
+        buffers=_computed_buffers(model, recipe.shapes),
+        sha256={file.name: sha256(file) for file in sorted(folder.iterdir())},
+        figures=figures,
+    ).write(folder)
 
 
 def _library_config(source: Source) -> dict[str, dict[str, Any]]:
@@ -79,32 +93,23 @@ def _write_tokenizer(source: Source, folder: Path) -> None:
         warnings.warn(f"the model is saved without its tokenizer: {e}", SecateurWarning, stacklevel=3)
 
 
-def _tensors(model: nn.Module, sliced: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to write, each stored once, and the names that share one."""
-    state: dict[str, Any] = dict(model.state_dict())
-    # Buffers that are not persistent are rebuilt by the library at their dense size: keep those that were cut.
-    state |= {name: get_tensor(model, name).detach() for name in sliced if name not in state}
-    first: dict[tuple, str] = {}
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise ArtifactError(f"'{name}' is a {type(tensor).__name__} and no dense tensor: it cannot be saved")
-        if tensor.device.type == "meta":
-            raise ArtifactError(f"'{name}' has no data (meta device); load the model's weights before saving")
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in first:
-            tied[name] = first[key]
-            continue
-        first[key] = name
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        tensors[name] = tensor.detach().cpu() if whole else tensor.detach().cpu().clone().contiguous()
-    return tensors, tied
+def tensors_of(model: nn.Module, sliced: Iterable[str], within: str = "") -> dict[str, Any]:
+    """What has to be saved of a model, or of one module of it: its state, and those buffers that the library would
+    compute by itself at their dense size.
+
+    Args:
+        sliced: names of everything that was cut.
+        within: dotted path of the module; the whole model by default.
+    """
+    prefix = f"{within}." if within else ""
+    state: dict[str, Any] = {f"{prefix}{n}": t for n, t in model.get_submodule(within).state_dict().items()}
+    state |= {n: get_tensor(model, n).detach() for n in sliced if n not in state and n.startswith(prefix)}
+    return state
 
 
-def _computed_buffers(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]:
+def _computed_buffers(model: nn.Module, sliced: Iterable[str]) -> dict[str, str]:
     """Types of the floating-point buffers that are not saved, since the library computes them by itself."""
-    state = set(model.state_dict()) | set(tensors)
+    state = set(model.state_dict()) | set(sliced)
     return {
         name: str(buffer.dtype).removeprefix("torch.")
         for name, buffer in model.named_buffers(remove_duplicate=False)
@@ -117,8 +122,7 @@ def _warn_if_alone(model: nn.Module, source: Source, recipe: Recipe) -> None:
     if source.library == "module":
         return
     try:
-        skeleton = recipe.apply_(_skeleton(source))
-        differs = _difference(model, skeleton)
+        differs = _difference(model, recipe.apply_(skeleton(source)))
     except SourceError as e:
         differs = str(e)
     except SecateurError as e:
@@ -130,15 +134,6 @@ def _warn_if_alone(model: nn.Module, source: Source, recipe: Recipe) -> None:
             SecateurWarning,
             stacklevel=3,
         )
-
-
-def _skeleton(source: Source) -> nn.Module:
-    """Of the dense model, without data where its library can."""
-    try:
-        with torch.device("meta"):
-            return build(source)
-    except (SourceError, NotImplementedError, RuntimeError):  # constructors that compute with values, .item() and such
-        return build(source)
 
 
 def _difference(model: nn.Module, skeleton: nn.Module) -> str:

@@ -66,7 +66,7 @@ def fidelity(cut: nn.Module, dense: nn.Module, data: Batches) -> Fidelity:
     embeddings: dict[str, list[Tensor]] = {"cut": [], "dense": []}
     patches, agree, images, tokens = 0.0, 0.0, 0, 0
     logits, predicted = False, _Predicted(isinstance(data.spec, TextSpec) and data.spec.causal)
-    device = next(dense.parameters()).device
+    device = next(p.device for p in dense.parameters() if not p.is_meta)
     with _eval(cut), _eval(dense):
         for batch in track(data, "Comparing", len(data)):
             batch = batch.to(device)

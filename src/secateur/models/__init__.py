@@ -23,6 +23,7 @@ from secateur.models.source import (
     forward,
     source_of,
 )
+from secateur.nn.weightless import empty_, unset_weights
 
 __all__ = [
     "Features",
@@ -35,6 +36,7 @@ __all__ = [
     "features",
     "forward",
     "open_source",
+    "skeleton",
     "source_of",
 ]
 
@@ -98,3 +100,16 @@ def build(source: Source) -> nn.Module:
         raise SourceError(f"library '{source.library}' is not known; upgrade Secateur")
     with torch.random.fork_rng(devices=[]):
         return attach(libraries[source.library].build(source).eval(), source)
+
+
+def skeleton(source: Source) -> nn.Module:
+    """As `build`, its parameters on the meta device, where they take no memory, if the library can do that.
+
+    Raises:
+        SourceError: its library cannot build it.
+    """
+    try:
+        with unset_weights():
+            return empty_(build(source))
+    except (SourceError, NotImplementedError, RuntimeError):  # constructors that compute with values, .item() and such
+        return build(source)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur._compat import ensure_torchvision
@@ -17,6 +18,7 @@ from secateur.errors import SecateurWarning, SourceError, reason
 from secateur.models.hub import NO_HUB, library_call
 from secateur.models.source import Features, ImageSpec, Library, Source, attach
 from secateur.models.text import reads_images, reads_text, text_inputs, text_spec
+from secateur.nn.weightless import empty_, unset_weights
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # as Pillow numbers them
 
@@ -63,6 +65,25 @@ def load(name: str, *, pretrained: bool = True, weights: str | None = None, **kw
             f"could not load '{name}' with transformers ({reason(e)}); {NO_HUB} with config.json and model.safetensors"
         ) from e
     return attach(model.eval(), source(model, name))
+
+
+def open_skeleton(folder: str) -> nn.Module:
+    """The model that a local folder's config describes, its parameters on the meta device.
+
+    Raises:
+        SourceError: the config cannot be read, or is of no known class.
+    """
+    transformers = libraries()
+    try:
+        with library_call(), quiet(transformers), torch.random.fork_rng(devices=[]):
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            with unset_weights():
+                model = model_class(config)(config)
+    except SourceError:
+        raise
+    except Exception as e:
+        raise SourceError(f"could not build the model of '{folder}' without its weights ({reason(e)})") from e
+    return attach(empty_(model.eval()), source(model, folder))
 
 
 @contextmanager

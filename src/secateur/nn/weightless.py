@@ -108,7 +108,7 @@ def materialise_(module: nn.Module) -> nn.Module:
                 value = real(p)
                 if not isinstance(value, nn.Parameter):
                     made[id(p)] = value = nn.Parameter(value, requires_grad=p.requires_grad)
-                part._parameters[leaf] = value  # type: ignore[assignment]
+                part._parameters[leaf] = value
         for leaf, b in part._buffers.items():
             if b is not None and b.is_meta:
                 part._buffers[leaf] = real(b)

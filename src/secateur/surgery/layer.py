@@ -5,6 +5,7 @@ Shapes: N input features, K kept, P removed, D output channels, S kernel positio
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,11 @@ class LayerCut:
         if self.sums is None:
             raise DataError(f"no statistics at '{self.consumer.module}'; calibrate, or use compensate='none'")
         return self.sums
+
+
+def kernel_positions(model: nn.Module, consumer: Consumer) -> int:
+    """S, the number of kernel positions of the consumer's weight; 1 for linear layers."""
+    return math.prod(get_tensor(model, consumer.weight).shape[2:])
 
 
 def read_weight(model: nn.Module, consumer: Consumer) -> Tensor:

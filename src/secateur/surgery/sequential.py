@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,11 @@ from secateur.linalg import damped_cholesky
 from secateur.models import forward
 from secateur.nn.attention import explicit_attention
 from secateur.nn.params import owner_of
+from secateur.nn.weightless import known_values
 from secateur.progress import track
 from secateur.replay import Prefix, Spool, Stop, grabbed
 from secateur.surgery.cut import check_plan, plan_of, tensor_masks
-from secateur.surgery.layer import add_to_bias_, read_weight, write_weight_
+from secateur.surgery.layer import add_to_bias_, kernel_positions, read_weight, write_weight_
 
 # Relative to the inputs' mean square, strongest first. The start was fitted on both halves, so that either half finds
 # it better than it is: beyond 0.3 cross-validation would rather not move at all, and the features get worse.
@@ -43,7 +44,7 @@ RIDGES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 
 @dataclass
-class _Target:
+class Target:
     """A layer to refit.
 
     Attributes:
@@ -95,7 +96,7 @@ def refit_(
         masks = {} if plan is None else tensor_masks(check_plan(dense, plan, anatomy))
         targets = [
             replace(t, outputs=masks.get(t.consumer.weight, {}).get(1 - t.consumer.axis))
-            for t in _targets(dense, anatomy, first)
+            for t in targets_of(dense, anatomy, first)
         ]
         stages = sorted({t.stage for t in targets})
         added: list[str] = []
@@ -103,15 +104,15 @@ def refit_(
             here = [t for t in targets if t.stage == stage]
             runner.keep_dense(stage, here)
             for target in here:
-                added += _refit_layer(small, target, runner, statistics, power, add_bias)
+                added += refit_layer(small, target, runner, statistics, power, add_bias)
             runner.advance("cut", stage)
         return added
 
 
-def _targets(dense: nn.Module, anatomy: Anatomy, batch: Any) -> list[_Target]:
-    """Layers that can be refit (linear or 1x1), with the stage at which each runs."""
+def targets_of(dense: nn.Module, anatomy: Anatomy, batch: Any) -> list[Target]:
+    """Layers that can be refit (linear or 1x1), in order of execution, with the stage at which each runs."""
     layers = {c.module: c for g in anatomy.cuttable.values() for c in g.consumers}
-    layers = {p: c for p, c in layers.items() if read_weight(dense, c).shape[2] == 1}
+    layers = {p: c for p, c in layers.items() if kernel_positions(dense, c) == 1}
     watched = set(layers) | {c.residual.module for c in layers.values() if c.residual} | set(anatomy.blocks)
     sequence: list[tuple[str, str]] = []
     handles = []
@@ -120,7 +121,8 @@ def _targets(dense: nn.Module, anatomy: Anatomy, batch: Any) -> list[_Target]:
         handles.append(module.register_forward_pre_hook(lambda _m, _a, p=path: sequence.append((p, "in"))))
         handles.append(module.register_forward_hook(lambda _m, _a, _o, p=path: sequence.append((p, "out"))))
     try:
-        forward(dense, batch)
+        with known_values(dense):
+            forward(dense, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -135,8 +137,22 @@ def _targets(dense: nn.Module, anatomy: Anatomy, batch: Any) -> list[_Target]:
         if path in layers and side == "in":
             residual = layers[path].residual
             inside = residual is not None and finished.get((residual.module, residual.side)) == finished[event]
-            out.append(_Target(layers[path], finished[event], inside))
+            out.append(Target(layers[path], finished[event], inside))
     return out
+
+
+class Runner(Protocol):
+    """What a refit needs of whatever runs the models."""
+
+    spool: Spool
+
+    def batches(self) -> Iterator[tuple[int, Tensor]]:
+        """Index of every batch, and the batch, or anything whose first axis is as long."""
+
+    def run(
+        self, which: str, stage: int, index: int, batch: Tensor, points: list[tuple], *, keep: bool
+    ) -> list[Tensor]:
+        """What a model ("dense" or "cut") shows at the points (path, "in" or "out", index of the tensor)."""
 
 
 class _Runner:
@@ -183,9 +199,9 @@ class _Runner:
         self.spool.put(key, out)
         raise Stop
 
-    def keep_dense(self, stage: int, targets: list[_Target]) -> None:
+    def keep_dense(self, stage: int, targets: list[Target]) -> None:
         """One pass of the dense model over a stage: store its targets, and its output for the next stage."""
-        points = [_point(t) for t in targets]
+        points = [point_of(t) for t in targets]
         keep = self._storable(stage)
         if not points and not keep:
             return
@@ -203,7 +219,7 @@ class _Runner:
         return self.prefixes["dense"].sound and stage < len(self.prefixes["dense"].blocks)
 
 
-def _point(target: _Target) -> tuple[str, str, int]:
+def point_of(target: Target) -> tuple[str, str, int]:
     """Where the dense model shows what the layer should lead to: the stream after it, or its own output."""
     residual = target.consumer.residual
     if target.inside and residual is not None:
@@ -211,14 +227,19 @@ def _point(target: _Target) -> tuple[str, str, int]:
     return target.consumer.module, "out", 0
 
 
-def _refit_layer(
+def refit_layer(
     small: nn.Module,
-    target: _Target,
-    runner: _Runner,
+    target: Target,
+    runner: Runner,
     statistics: Statistics | None,
     power: float,
     add_bias: bool,
 ) -> list[str]:
+    """Refit one layer of a cut model in place; the dense model's side, by (path, index), is in the runner's spool.
+
+    Returns:
+        The name of a bias that was added, if one was.
+    """
     consumer, path = target.consumer, target.consumer.module
     scale = _scale(small, target)
     start_ND = read_weight(small, consumer)[:, :, 0]
@@ -229,7 +250,7 @@ def _refit_layer(
         energy = statistics.layers[path].position_weights(power)
     residual = consumer.residual if target.inside else None
     moments = _Moments(start_ND.shape[0], start_ND.shape[1])
-    points = [(path, "in", 0), (path, "out", 0), _point(target)]
+    points = [(path, "in", 0), (path, "out", 0), point_of(target)]
     for index, batch in runner.batches():
         h, y, seen = runner.run("cut", target.stage, index, batch, points, keep=False)
         goal = runner.spool.get((path, index))
@@ -249,7 +270,7 @@ def _refit_layer(
     return [name] if name else []
 
 
-def _scale(model: nn.Module, target: _Target) -> Tensor | float:
+def _scale(model: nn.Module, target: Target) -> Tensor | float:
     """[D]: by what the layer's output is multiplied before it meets the stream; near-zero entries are left alone."""
     residual = target.consumer.residual
     scale = scale_of(model, residual) if target.inside and residual is not None else 1.0
