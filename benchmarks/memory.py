@@ -3,7 +3,7 @@
     python benchmarks/memory.py                     # 3B parameters, 13 GB of disk, half an hour on two cores
     python benchmarks/memory.py --small             # a tenth of it, for trying out; writes nothing
 
-A LLaMA of random weights in bfloat16 is written to a temporary folder, a file at a time; then each measurement runs in a
+A LLaMA of random bfloat16 weights is written to a temporary folder, a file at a time; then each measurement runs in a
 process of its own, and the system says how much memory it held at most, mapped files included. Writes its section of
 docs/results.md.
 """

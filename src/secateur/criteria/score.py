@@ -69,6 +69,7 @@ def score(
     anatomy: Anatomy | None = None,
     groups: Iterable[str] | None = None,
     seed: int = 0,
+    curves: bool = True,
     **options: float | str,
 ) -> Scores:
     """Score every cuttable group of a model.
@@ -78,6 +79,7 @@ def score(
         criterion: a name from `list_criteria()`.
         model, anatomy: those of the calibration by default; needed when statistics were loaded from a file.
         groups: names to score; all cuttable ones by default.
+        curves: also predict the error at every width, which takes longer than most criteria.
         options: of the criterion, as its docstring names them.
 
     Raises:
@@ -110,7 +112,7 @@ def score(
                 f"criterion '{criterion}' gave NaN or infinite scores for '{group.name}'; check the weights"
             )
         out.values[group.name] = values
-        curve = error_curve(view, values)
+        curve = error_curve(view, values) if curves else None
         if curve is not None:
             out.curves[group.name] = curve
     return out

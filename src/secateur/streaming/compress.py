@@ -74,7 +74,7 @@ class Job:
             here = {n: plan.groups[n] for n in within(self.anatomy, path).groups if n in plan.groups}
             if one_pass:
                 s = self.settings
-                values = score_block(self.source, self.anatomy, path, statistics, s.criterion, s.seed).values
+                values = score_block(self.source, self.anatomy, path, statistics, s.criterion, seed=s.seed).values
                 here = {n: k.model_copy(update={"keep": best_units(values[n], len(k.keep))}) for n, k in here.items()}
             chosen.update(here)
             return here

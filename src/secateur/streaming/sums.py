@@ -101,14 +101,22 @@ def score_blocks(
             statistics = None
             if walk is not None:
                 statistics = collect(source, anatomy, walk, i, covariance=rule.covariance or curves)
-            found = score_block(source, anatomy, path, statistics, criterion, seed)
+            found = score_block(source, anatomy, path, statistics, criterion, seed=seed, curves=curves)
         out.values |= found.values
         out.curves |= found.curves
     return out
 
 
 def score_block(
-    source: Streamed, anatomy: Anatomy, path: str, statistics: Statistics | None, criterion: str, seed: int
+    source: Streamed,
+    anatomy: Anatomy,
+    path: str,
+    statistics: Statistics | None,
+    criterion: str,
+    *,
+    seed: int = 0,
+    curves: bool = False,
 ) -> Scores:
     """Scores of the groups of one block, which is filled."""
-    return score(statistics, criterion, model=source.model, anatomy=within(anatomy, path), seed=seed)
+    part = within(anatomy, path)
+    return score(statistics, criterion, model=source.model, anatomy=part, seed=seed, curves=curves)
