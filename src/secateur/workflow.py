@@ -53,7 +53,7 @@ def compress(
             evaluation.
         out: folder to save to; finished steps are kept in `<out>.work` beside it until it is there.
         resume: go on from the finished steps of an interrupted run with the same settings (needs `out`).
-        measure: time both models.
+        measure: time both models (not with a memory budget).
         model_options: passed to `load_model`.
         settings:
             keep_params, keep_macs: share to keep; or min_quality: lowest cosine to the dense features.
@@ -132,6 +132,7 @@ def _streamed(
     with steps.announced():
         result = Job(source, anatomy, calibration, held_out, wanted).run(budget, steps, Path(out))
         result.skipped = skipped
+        _note_disappointments(result, budget)
         steps.finish()
     return result
 

@@ -66,6 +66,13 @@ def compress(
     window: Window = 256,
     stride: Stride = None,
     broken: Broken = 0.1,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as 6GB: take the model, a local transformers folder, block by block from its files.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Arithmetic of the calibration: float32 or bfloat16.", rich_help_panel=METHOD)
     ] = "float32",
@@ -87,6 +94,8 @@ def compress(
         --kinds hidden --out small/
     secateur compress timm/vit_base_patch16_clip_224.openai --images photos/ \
         --min-quality 0.95 --out small/
+    secateur compress llama/ --text corpus.txt --keep-params 0.8 \
+        --memory-budget 6GB --criterion variance --out small/
     """
     from secateur import compress as run
     from secateur.cli.tables import before_and_after, fidelity_rows, kept, loadable, setting, show
@@ -116,6 +125,7 @@ def compress(
         dtype=dtype,
         broken=broken,
         seed=seed,
+        memory_budget=memory_budget,
     )
     report_skipped(result.skipped)
     if result.reused:

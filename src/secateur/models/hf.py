@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -84,6 +84,27 @@ def open_skeleton(folder: str) -> nn.Module:
     except Exception as e:
         raise SourceError(f"could not build the model of '{folder}' without its weights ({reason(e)})") from e
     return attach(empty_(model.eval()), source(model, folder))
+
+
+def stored_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """For names in a model's state, those in a checkpoint that transformers would load them from.
+
+    Tensors that it would put together from several, or take apart, are left out.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:  # before transformers 5 a checkpoint had the names of the state
+        return {name: name for name in stored}
+    transforms, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    out = {}
+    for name in stored:
+        new, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if converted is None:
+            out[new] = name
+    return out
 
 
 @contextmanager

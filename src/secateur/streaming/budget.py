@@ -17,6 +17,7 @@ from secateur.surgery import compensators
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 # Square float64 matrices of a layer's inputs that scoring and refitting hold at once, beside the float32 sums.
 _WORK = 5
+STATES = 1 / 8  # share of the budget for hidden states; those beyond it are kept on disk
 
 
 def parse_bytes(text: str | int | float) -> int:
@@ -74,6 +75,7 @@ def check_fits(
     Raises:
         BudgetError: with what is needed.
     """
+    # Largest of: a block and its sums, and the work on them; what is in no block, and what it predicts.
     covariance = criteria.get(criterion).covariance or compensators.get(compensator).data or curves
     now = resident()
     needs = {}
@@ -85,19 +87,20 @@ def check_fits(
     rest = source.outside(anatomy.blocks)
     needs["what is in no block"] = source.bytes_of(rest) + 4 * 4 * logits
     where, most = max(needs.items(), key=lambda item: item[1])
-    if now + most > memory:
+    total = (now + most) / (1 - STATES)
+    if total > memory:
         raise BudgetError(
             f"a memory budget of {_shown(memory)} is too small: Python and its libraries hold {_shown(now)}, and "
-            f"{where} needs {_shown(most)} more; give at least {_shown(1.1 * (now + most))}, or fewer tokens a batch "
+            f"{where} needs {_shown(most)} more; give at least {_shown(1.05 * total)}, or fewer tokens a batch "
             "(window=, batch_size=)"
         )
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds now (where the system tells), without files that are merely mapped."""
+    """Bytes of memory that this process holds now, where the system tells."""
     if sys.platform.startswith("linux"):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("RssAnon:"):
+            if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
     return 0
 

@@ -27,7 +27,7 @@ from secateur.models import TextSpec
 from secateur.plan import Budget, Kept, Plan
 from secateur.result import Result, Settings, table
 from secateur.steps import Steps
-from secateur.streaming.budget import check_fits, parse_bytes
+from secateur.streaming.budget import STATES, check_fits, parse_bytes
 from secateur.streaming.cutting import Cutter, Decide
 from secateur.streaming.model import Streamed, stack_of, within
 from secateur.streaming.sums import score_block, score_blocks
@@ -110,8 +110,8 @@ class Job:
         return self.held_out is not self.calibration
 
     def _walk(self, data: Batches, name: str) -> Walk:
-        """Before the first block; hidden states get a quarter of the memory, what is beyond goes to disk."""
-        states = States(parse_bytes(str(self.settings.memory_budget)) // 8)
+        """Before the first block."""
+        states = States(int(parse_bytes(str(self.settings.memory_budget)) * STATES / 2))
         with self.source.filled(self.source.outside(self.anatomy.blocks)):
             return Walk(self.source.model, self.anatomy.blocks, data, states, name, self.settings.dtype)
 

@@ -128,28 +128,21 @@ def within(anatomy: Anatomy, path: str) -> Anatomy:
 
 
 def _names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Where each tensor of the state is: under its own name, that of one it is tied to, or with or without the name
-    of the model below the head in front.
+    """Where each tensor of the state is: under its own name, or that of one it is tied to.
 
     Raises:
         SourceError: one is nowhere.
     """
     state = model.state_dict(keep_vars=True)
-    twins: dict[int, list[str]] = {}
+    stored = hf.stored_names(model, checkpoint.files)
+    twins: dict[int, str] = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
     for name, tensor in state.items():
-        twins.setdefault(id(tensor), []).append(name)
-    base = f"{getattr(model, 'base_model_prefix', '')}."
-    out = {}
-    for name, tensor in state.items():
-        tried = [form for twin in (name, *twins[id(tensor)]) for form in (twin, twin.removeprefix(base), base + twin)]
-        found = next((form for form in tried if form in checkpoint), None)
-        if found is None:
+        if id(tensor) not in twins:
             raise SourceError(
-                f"'{checkpoint.folder}' lacks '{name}' under the name that {type(model).__name__} gives it; load the "
-                "model with transformers and save it with save_pretrained, or compress it without a budget"
+                f"'{checkpoint.folder}' lacks '{name}', or holds it in another form; load the model with transformers "
+                "and save it with save_pretrained, or compress it without a budget"
             )
-        out[name] = found
-    return out
+    return {name: stored.get(name, twins[id(tensor)]) for name, tensor in state.items()}
 
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
