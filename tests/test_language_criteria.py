@@ -230,3 +230,24 @@ def test_two_groups_of_one_axis_are_searched_together():
     assert Problem(scores, anatomy, "params", 0).cost({n: len(k.keep) for n, k in plan.groups.items()}) <= (
         0.8 * anatomy.params
     )
+
+
+def test_the_curve_of_a_language_model_is_scaled_by_its_gradients(llama, ids):
+    """Twice the weight of a consumer, half its gradient: the expected rise of the loss is the same."""
+    name = f"{MLP}:hidden"
+    curves = []
+    for losses in ("features", ()):
+        statistics = sc.calibrate(llama, ids, loss=losses)
+        curves.append((sc.score(statistics, "variance").curves[name], statistics.layers[f"{MLP}.down_proj"]))
+    (scaled, sums), (relative, plain) = curves
+    assert plain.sensitivity is None
+    assert float(scaled[0]) == pytest.approx(
+        output_error(llama, sums) * float(sums.energy.sum() / sums.count), rel=1e-2
+    )
+    assert float(relative[0]) == pytest.approx(plain.stream_share, rel=1e-2)
+
+
+def output_error(llama, sums):
+    """With no unit left: the variance of the output."""
+    weight = llama.get_submodule(f"{MLP}.down_proj").weight.detach().double().T
+    return float((weight * (sums.covariance @ weight)).sum())

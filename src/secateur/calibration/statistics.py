@@ -98,6 +98,13 @@ class LayerSums:
         """Mean share of the residual stream that the layer writes; 1 where it writes into none."""
         return float(self.share / self.count) if float(self.share) > 0 else 1.0
 
+    @property
+    def sensitivity(self) -> float | None:
+        """Mean over tokens of the squared gradient norm at the layer's output; None if not collected."""
+        if self.energy.numel() == 0 or not torch.isfinite(self.energy).all() or float(self.energy.sum()) <= 0:
+            return None
+        return float(self.energy.sum() / self.count)
+
     def position_weights(self, power: float = 0.5) -> Tensor | None:
         """[P], how much an error at each position matters to the model's features, with mean 1; None if unknown."""
         return position_weights(self.energy, power)
