@@ -2,11 +2,17 @@
 
 from secateur.criteria import (  # noqa: F401  (they register themselves)
     amp,
+    amp_llm,
+    cfsp,
     dgmr,
+    flap,
+    hfprune,
     leverage,
+    llm_pruner,
     magnitude,
     obs,
     random,
+    sdmprune,
     taylor,
     variance,
     wanda,
