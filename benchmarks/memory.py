@@ -101,7 +101,7 @@ def scored(folder: Path) -> dict[str, Any]:
     anatomy = sc.inspect(model)
     options = {"batch_size": 1, "limit": WINDOWS, "window": WINDOW, "checkpointing": True, "covariance": False}
     statistics = sc.calibrate(model, tokens(), anatomy, loss="logits-entropy", weighting=None, **options)
-    scores = sc.score(statistics, "taylor", loss="logits-entropy", aggregation="token")
+    scores = sc.score(statistics, "hfprune")
     return {"groups": len(scores.values)}
 
 

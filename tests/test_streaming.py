@@ -111,7 +111,7 @@ def test_sums_are_those_of_calibration(language, text_file, room):
     assert all(p.is_meta for p in source.model.parameters())
 
 
-@pytest.mark.parametrize("criterion", ["obs", "leverage", "wanda"])
+@pytest.mark.parametrize("criterion", ["obs", "leverage", "cfsp"])
 def test_scores_and_curves(language, text_file, criterion):
     statistics = sc.calibrate(sc.load_model(language), text_file, **FORWARD)
     expected = sc.score(statistics, criterion)
@@ -120,6 +120,7 @@ def test_scores_and_curves(language, text_file, criterion):
     data = sc.batches(text_file, sc.source_of(source.model).input, limit=12, **TEXT)
     found = score_blocks(source, anatomy, walk_of(source, anatomy, data), criterion, curves=True)
     assert found.meta == expected.meta
+    torch.testing.assert_close(found.blocks, expected.blocks)
     for name, values in expected.values.items():
         assert torch.equal(found.values[name], values)
         assert torch.equal(found.curves[name], expected.curves[name])
@@ -127,7 +128,7 @@ def test_scores_and_curves(language, text_file, criterion):
 
 @pytest.mark.parametrize(
     ("criterion", "allocator", "compensator"),
-    [("variance", "uniform", "affine"), ("wanda", "global", "mean"), ("magnitude", "uniform", "none")],
+    [("variance", "uniform", "affine"), ("cfsp", "cfsp", "mean"), ("magnitude", "uniform", "none")],
 )
 def test_the_same_cut(language, text_file, tmp_path, criterion, allocator, compensator):
     methods = {"criterion": criterion, "allocator": allocator, "compensator": compensator}

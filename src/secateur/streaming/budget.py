@@ -36,7 +36,7 @@ def parse_bytes(text: str | int | float) -> int:
 def needs_gradients(criterion: str) -> bool:
     """Whether a criterion reads gradients; those that only weigh positions by them do without."""
     rule = criteria.get(criterion)
-    return bool(set(rule.losses) - {rule.weighting})
+    return bool(rule.weights or set(rule.losses) - {rule.weighting})
 
 
 def check_methods(criterion: str, allocator: str, budget: Budget) -> None:

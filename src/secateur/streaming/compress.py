@@ -96,7 +96,11 @@ class Job:
         walk = self._walk(self.calibration, "calibration") if needed else None
         held = self._walk(self.held_out, "held-out")
         cutter = Cutter(self.source, self.anatomy, shards, s.compensator, s.ridge)
-        cutter.run(decide, walk, held, covariance=refit.data or (one_pass and rule.covariance))
+        needs = {
+            "covariance": refit.data or (one_pass and rule.covariance),
+            "projected": one_pass and rule.projected,
+        }
+        cutter.run(decide, walk, held, **needs)
         del walk
         small = cutter.finish(plan.model_copy(update={"groups": dict(chosen)}))
         self.tied = cutter.tied

@@ -46,7 +46,7 @@ class Cutter:
         self.recipe = Recipe()
         self.tied: dict[str, str] = {}
 
-    def run(self, decide: Decide, calibration: Walk | None, held_out: Walk, *, covariance: bool) -> None:
+    def run(self, decide: Decide, calibration: Walk | None, held_out: Walk, **needs: bool) -> None:
         """Cut every block.
 
         Args:
@@ -55,7 +55,7 @@ class Cutter:
                 sequential compensator it carries the hidden states of the cut model besides, under "cut".
             held_out: before the first block; afterwards after the last, the dense model's hidden states under its own
                 name and the cut one's under "cut held-out".
-            covariance: collect outer products.
+            needs: of the statistics, see `collect`.
         """
         for index in held_out:
             held_out.states.put(("cut held-out", index), held_out.states.get((held_out.name, index)))
@@ -68,7 +68,7 @@ class Cutter:
                 statistics = None
                 if calibration is not None:
                     watch = None if refit is None else refit.watch(i)
-                    statistics = collect(self.source, self.anatomy, calibration, i, covariance=covariance, watch=watch)
+                    statistics = collect(self.source, self.anatomy, calibration, i, watch=watch, **needs)
                 chosen = dict(decide(path, statistics))
                 held_out.advance(i, self.source.model.get_submodule(path))
                 self._move(names)

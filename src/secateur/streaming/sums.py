@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.anatomy import Anatomy
@@ -26,10 +27,12 @@ class BlockSums:
         anatomy: of the model.
         path: of the block.
         covariance: also collect outer products.
+        projected: also collect what every head adds to its layer's output.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, path: str, *, covariance: bool) -> None:
-        self._collector = Collector(model, within(anatomy, path), covariance=covariance, weighting=None, power=0.5)
+    def __init__(self, model: nn.Module, anatomy: Anatomy, path: str, *, covariance: bool, projected: bool) -> None:
+        part = within(anatomy, path)
+        self._collector = Collector(model, part, covariance=covariance, weighting=None, power=0.5, projected=projected)
         self.statistics: Statistics = self._collector.statistics
 
     @contextmanager
@@ -44,6 +47,30 @@ class BlockSums:
             yield begin
 
 
+class Turn:
+    """By how much of an angle, in units of pi, a block turns the stream: the mean over tokens.
+
+    Args:
+        walk: before the block.
+    """
+
+    def __init__(self, walk: Walk) -> None:
+        self._walk, self._total, self._tokens = walk, 0.0, 0
+
+    def watch(self, index: int, step: Callable[[], Tensor]) -> Tensor:
+        """For `collect`."""
+        before = F.normalize(self._walk.states.get((self._walk.name, index)).float(), dim=-1)
+        hidden = step()
+        cosine = (before * F.normalize(hidden.float(), dim=-1)).sum(-1).clamp(-1, 1)
+        self._total += float(cosine.arccos().sum()) / torch.pi
+        self._tokens += cosine.numel()
+        return hidden
+
+    @property
+    def mean(self) -> float:
+        return self._total / max(self._tokens, 1)
+
+
 def collect(
     source: Streamed,
     anatomy: Anatomy,
@@ -51,6 +78,7 @@ def collect(
     block: int,
     *,
     covariance: bool,
+    projected: bool = False,
     watch: Callable[[int, Callable[[], Tensor]], Tensor] | None = None,
 ) -> Statistics:
     """Send all batches through a filled block of the dense model and collect its statistics on the way.
@@ -58,13 +86,14 @@ def collect(
     Args:
         walk: before the block; after it when this returns.
         covariance: also collect outer products.
+        projected: also collect what every head adds to its layer's output.
         watch: called with the index of each batch and the step to make, whose answer it returns: to look at more.
 
     Raises:
         AnatomyError: the hidden states are not finite.
     """
     path = walk.blocks[block]
-    sums = BlockSums(source.model, anatomy, path, covariance=covariance)
+    sums = BlockSums(source.model, anatomy, path, covariance=covariance, projected=projected)
     module = source.model.get_submodule(path)
     with sums.watching() as begin:
         for index in walk:
@@ -96,14 +125,26 @@ def score_blocks(
     """
     rule = criteria.get(criterion)
     out = Scores({}, meta={"criterion": criterion, "options": {}, "fingerprint": source.fingerprint()}, anatomy=anatomy)
+    angles: list[float] = []
     for i, path in enumerate(track(anatomy.blocks, "Scoring blocks")):
         with source.filled(source.names_in(path)):
             statistics = None
             if walk is not None:
-                statistics = collect(source, anatomy, walk, i, covariance=rule.covariance or curves)
+                turn = Turn(walk)
+                statistics = collect(
+                    source,
+                    anatomy,
+                    walk,
+                    i,
+                    covariance=rule.covariance or curves,
+                    projected=rule.projected,
+                    watch=turn.watch,
+                )
+                angles.append(turn.mean)
             found = score_block(source, anatomy, path, statistics, criterion, seed=seed, curves=curves)
         out.values |= found.values
         out.curves |= found.curves
+    out.blocks = torch.tensor(angles)
     return out
 
 
