@@ -85,6 +85,19 @@ def test_commands(desk, capfd, name, verbs):
     assert sc.parameters(sc.load("small/")) <= 0.75 * sc.parameters(sc.load("dense"))
 
 
+def test_the_page_about_memory(language, text_file, tmp_path, monkeypatch, capfd):
+    (tmp_path / "llama").symlink_to(language)
+    (tmp_path / "corpus.txt").symlink_to(text_file)
+    monkeypatch.chdir(tmp_path)
+    (arguments,) = commands("docs/memory.md")
+    assert run_command(*arguments, "--window", 16, "--limit", 8, "--align", 1) == 0, capfd.readouterr()
+    assert len(list(Path("small").glob("*.safetensors"))) == 4
+    space: dict = {}
+    (block,) = blocks("docs/memory.md", "python")
+    exec(block.replace("batch_size=1", "batch_size=1, window=16, limit=4"), space)
+    assert space["scores"].meta["criterion"] == "hfprune"
+
+
 def test_the_readmes_python(desk, own_registries):
     space: dict = {}
     run_blocks("README.md", space)

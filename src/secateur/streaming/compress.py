@@ -62,12 +62,11 @@ class Job:
         stack_of(self.anatomy, self.source.model)
         self._check_room()
         one_pass = allocators.get(self.settings.allocator).blind
-        scores = self._sizes() if one_pass else steps.keep("scores.safetensors", Scores, self._scores)
-        plan = (
-            self._allocate(scores, budget)
-            if one_pass
-            else steps.keep("plan.json", Plan, lambda: self._allocate(scores, budget))
-        )
+        if one_pass:
+            plan = self._allocate(self._sizes(), budget)
+        else:
+            scores = steps.keep("scores.safetensors", Scores, self._scores)
+            plan = steps.keep("plan.json", Plan, lambda: self._allocate(scores, budget))
         chosen: dict[str, Kept] = {}
 
         def decide(path: str, statistics: Statistics | None) -> dict[str, Kept]:
@@ -75,23 +74,26 @@ class Job:
             if one_pass:
                 s = self.settings
                 values = score_block(self.source, self.anatomy, path, statistics, s.criterion, seed=s.seed).values
-                here = {n: k.model_copy(update={"keep": best_units(values[n], len(k.keep))}) for n, k in here.items()}
+                here = {
+                    name: kept.model_copy(update={"keep": best_units(values[name], len(kept.keep))})
+                    for name, kept in here.items()
+                    if name in values
+                }
             chosen.update(here)
             return here
 
         with atomic_folder(out) as folder:
-            result = self._cut(plan, decide, chosen, Shards(folder), one_pass)
-            describe(result.model, folder, self.tied, result.figures())
+            result, tied = self._cut(plan, decide, chosen, Shards(folder), one_pass)
+            describe(result.model, folder, tied, result.figures())
         result.model = load(out)
         result.reused = steps.reused
         return result
 
-    def _cut(self, plan: Plan, decide: Decide, chosen: dict[str, Kept], shards: Shards, one_pass: bool) -> Result:
-        s, rule, refit = (
-            self.settings,
-            criteria.get(self.settings.criterion),
-            compensators.get(self.settings.compensator),
-        )
+    def _cut(
+        self, plan: Plan, decide: Decide, chosen: dict[str, Kept], shards: Shards, one_pass: bool
+    ) -> tuple[Result, dict[str, str]]:
+        s = self.settings
+        rule, refit = criteria.get(s.criterion), compensators.get(s.compensator)
         needed = refit.data or refit.sequential or (one_pass and rule.data)
         walk = self._walk(self.calibration, "calibration") if needed else None
         held = self._walk(self.held_out, "held-out")
@@ -102,12 +104,12 @@ class Job:
         }
         cutter.run(decide, walk, held, **needs)
         del walk
-        small = cutter.finish(plan.model_copy(update={"groups": dict(chosen)}))
-        self.tied = cutter.tied
+        plan = plan.model_copy(update={"groups": dict(chosen)})
+        small = cutter.finish(plan)
         found = compare(self.source, small, self.held_out, held, "cut held-out")
-        done = Result(small, plan.model_copy(update={"groups": dict(chosen)}), found, self._apart, [], settings=s)
+        done = Result(small, plan, found, self._apart, [], settings=s)
         done.table = table(self.source.model, small, {})
-        return done
+        return done, cutter.tied
 
     @property
     def _apart(self) -> bool:

@@ -35,8 +35,8 @@ class Streamed:
         if left := next((n for n, b in model.named_buffers() if b.is_meta and n not in self.where), None):
             raise SourceError(f"buffer '{left}' is made along with the weights; compress this model without a budget")
         self.fill_(n for n, _ in model.named_buffers() if n in self.where)
-        for name in {n for n, _ in model.named_parameters()}:
-            get_tensor(model, name).data = get_tensor(model, name).data.to(_dtype(checkpoint, self.where[name]))
+        for name, p in model.named_parameters():
+            p.data = p.data.to(_dtype(checkpoint, self.where[name]))
 
     @classmethod
     def open(cls, folder: str | Path) -> Streamed:
