@@ -25,12 +25,14 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
     Raises:
         AnatomyError: the model cannot be run on the example.
     """
-    from secateur.anatomy.blocks import block_groups, block_order
+    from secateur.anatomy.blocks import block_order, declared_groups
     from secateur.anatomy.costs import cost_terms, with_costs
     from secateur.anatomy.groups import Builder
     from secateur.anatomy.trace import trace_model
+    from secateur.anatomy.twins import adopt_twins
     from secateur.anatomy.verify import Verifier
     from secateur.nn.attention import explicit_attention
+    from secateur.nn.implementations import TRACED, implementation
     from secateur.nn.slicing import drop_caches_
     from secateur.nn.trees import tensors_in
 
@@ -40,8 +42,9 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
         drop_caches_(module)  # what it holds would look like a constant, not like the parameters it was made from
     model.eval()
     try:
-        with explicit_attention(model):
+        with explicit_attention(model), implementation(model, TRACED):
             trace = trace_model(model, forward, example)
+            adopt_twins(trace, model)
             builder = Builder(trace, model)
             groups = builder.build()
             leaves = builder.leaves
@@ -56,7 +59,7 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
             module.training = mode
     params, macs = cost_terms(trace, model, leaves)
     groups = {n: with_costs(g, params, macs) for n, g in groups.items()}
-    groups |= block_groups(trace, model, params, macs)
+    groups |= declared_groups(trace, model, params, macs)
     first = next(iter(tensors_in(example)), torch.empty(0))
     return Anatomy(
         groups=groups,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Set
+from itertools import combinations
 from typing import Any
 
 from torch import nn
@@ -11,10 +12,13 @@ from torch import nn
 from secateur.anatomy.dims import Dim, Misaligned
 from secateur.anatomy.trace import Trace
 from secateur.anatomy.types import Kind, PrunableGroup
+from secateur.nn.localconfig import PREFIX
 from secateur.nn.slicing import AttrEdit
 
-LIMIT = 12  # sets of edits: where none of so many works, the code does more with the size than count
-_NEVER = re.compile(r"window|patch|grid|stride|kernel|seq|resol|size_|_size$|pad|depth|layer_idx|block|shift")
+LIMIT = 32  # sets of edits: where none of so many works, the code does more with the size than count
+_NEVER = re.compile(r"max_|window|patch|grid|stride|kernel|seq|resol|size_|_size$|pad|depth|layer_idx|block|shift")
+_HEAD_SIZE = re.compile(r"head_?(dim|size)")  # a group of heads never shortens a head
+_COUNTS = re.compile(r"^n(um)?_.*(heads?|experts)$")
 _HEADS = re.compile(r"^(?!.*(dim|size|width)).*(head|n_?group)")
 
 
@@ -37,9 +41,9 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
             sizes.setdefault(leaf.size, 1)  # heads may only ever be named as batch * heads
         others = {d.size for d in axes if not trace.space.contains(d, leaf)}
         for where, attr, index, value in _named_ints(model, path, called):
-            if value not in sizes:
+            if value not in sizes or (group.kind in (Kind.HEADS, Kind.KV_GROUPS) and _HEAD_SIZE.search(attr)):
                 continue
-            edit = AttrEdit(where, attr, sizes[value], index)
+            edit = AttrEdit(where, attr, sizes[value], index, _whole(value, sizes[value], leaf))
             certain = (
                 _HEADS.search(attr)
                 if value == leaf.size and group.kind in (Kind.HEADS, Kind.KV_GROUPS)
@@ -55,12 +59,33 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
     ]
     # Of several attributes of equal value (4 heads of size 4), perhaps only one does.
     names = dict.fromkeys(e.attr for e in clear + doubtful)
+    configured = _configured(trace, model, group, leaf)
     alone = [[e for e in clear + doubtful if e.attr == name] for name in names]
     each = dict.fromkeys((e.attr, e.index) for e in doubtful)
     added = [[*clear, *(e for e in doubtful if (e.attr, e.index) == key)] for key in each]
-    sets = (clear, [], *added, [*clear, *doubtful], *alone, *single)
+    pairs = [{*pair} for pair in combinations(names, 2)]
+    both = [[e for e in clear + doubtful if e.attr in pair or (e in clear)] for pair in pairs]
+    only = [[e for e in clear + doubtful if e.attr in pair] for pair in pairs]
+    shared = [[*edits, *configured] for edits in (clear, [], *alone)] if configured else []
+    sets = (clear, [], *added, *shared, [*clear, *doubtful], *alone, *single, *both, *only)
     for extra in list(dict.fromkeys(map(tuple, sets)))[:LIMIT]:
         yield (*group.edits, *dict.fromkeys(extra))
+
+
+def _configured(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: Dim) -> list[AttrEdit]:
+    """Numbers of heads or experts that a module may read from its config at every call."""
+    out = []
+    for path, axes in trace.shapes.items():
+        inside = path == group.owner or path.startswith(group.owner + ".") or not group.owner
+        module = model.get_submodule(path)
+        config = getattr(module, "config", None)
+        if not inside or config is None or isinstance(module, nn.Linear):
+            continue
+        sizes = _sizes(trace, axes, leaf)
+        for attr, value in vars(config).items():
+            if _COUNTS.search(attr) and isinstance(value, int) and value in sizes:
+                out.append(AttrEdit(path, PREFIX + attr, sizes[value], size=_whole(value, sizes[value], leaf)))
+    return out
 
 
 def named_leaves(trace: Trace, model: nn.Module) -> set[Dim]:
@@ -77,6 +102,11 @@ def named_leaves(trace: Trace, model: nn.Module) -> set[Dim]:
     dims |= {space.find(d) for call in trace.calls if call.path in own for axes in call.in_axes for d in axes}
     made = {leaf for leaf, notes in space.notes().items() if any(n.kind == "made" for n in notes)}
     return made.union(*(space.leaves(d) for d in dims))
+
+
+def _whole(value: int, per_unit: int, leaf: Dim) -> int:
+    """The leaf's size where a number counts nothing but its units, each so many times."""
+    return leaf.size if per_unit * leaf.size == value else 0
 
 
 def head_counts(model: nn.Module, path: str) -> dict[str, int]:
@@ -102,7 +132,7 @@ def _named_ints(model: nn.Module, path: str, called: Set[int]) -> Iterator[tuple
     for attr, index, value in _ints(model.get_submodule(path)):
         yield path, attr, index, value
     for name, child in model.get_submodule(path).named_children():
-        if id(child) not in called:
+        if id(child) not in called and not isinstance(child, (nn.Linear, nn.modules.conv._ConvNd)):
             yield from _named_ints(model, f"{path}.{name}" if path else name, called)
 
 
