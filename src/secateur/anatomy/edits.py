@@ -17,7 +17,7 @@ from secateur.nn.slicing import AttrEdit
 
 LIMIT = 32  # sets of edits: where none of so many works, the code does more with the size than count
 _NEVER = re.compile(r"max_|window|patch|grid|stride|kernel|seq|resol|size_|_size$|pad|depth|layer_idx|block|shift")
-_HEAD_SIZE = re.compile(r"head_?(dim|size)")  # a group of heads never shortens a head
+_HEAD_SIZE = re.compile(r"^(?!all_).*head_?(dim|size)")  # a group of heads does not shorten a head
 _COUNTS = re.compile(r"^n(um)?_.*(heads?|experts)$")
 _HEADS = re.compile(r"^(?!.*(dim|size|width)).*(head|n_?group)")
 
@@ -41,7 +41,7 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
             sizes.setdefault(leaf.size, 1)  # heads may only ever be named as batch * heads
         others = {d.size for d in axes if not trace.space.contains(d, leaf)}
         for where, attr, index, value in _named_ints(model, path, called):
-            if value not in sizes or (group.kind in (Kind.HEADS, Kind.KV_GROUPS) and _HEAD_SIZE.search(attr)):
+            if value not in sizes:
                 continue
             edit = AttrEdit(where, attr, sizes[value], index, _whole(value, sizes[value], leaf))
             certain = (
@@ -50,6 +50,9 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
                 else (value not in others)
             )
             (doubtful if _NEVER.search(attr) or not certain else clear).append(edit)
+    if group.kind in (Kind.HEADS, Kind.KV_GROUPS):
+        doubtful = sorted([*doubtful, *filter(_sizes_head, clear)], key=_sizes_head)
+        clear = [e for e in clear if not _sizes_head(e)]
     # Of several equal entries in one list of sizes, perhaps only one counts these units.
     lists = {(e.module, e.attr) for e in clear + doubtful if e.index is not None}
     single = [
@@ -70,6 +73,10 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
     sets = (clear, [], *added, *shared, [*clear, *doubtful], *alone, *single, *both, *only)
     for extra in list(dict.fromkeys(map(tuple, sets)))[:LIMIT]:
         yield (*group.edits, *dict.fromkeys(extra))
+
+
+def _sizes_head(edit: AttrEdit) -> bool:
+    return bool(_HEAD_SIZE.search(edit.attr))
 
 
 def _configured(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: Dim) -> list[AttrEdit]:

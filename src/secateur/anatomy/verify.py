@@ -142,7 +142,8 @@ class Verifier:
             return (
                 f"{self._class(group)} gives each unit a constant that depends on how many there are (ALiBi's slopes)"
             )
-        return f"{self._class(group)} cannot run with fewer units: {error}"
+        hint = "; its code makes constants of their number, as ALiBi's slopes are" if made else ""
+        return f"{self._class(group)} cannot run with fewer units: {error}{hint}"
 
     def _class(self, group: PrunableGroup) -> str:
         return type(self.model.get_submodule(group.owner)).__name__

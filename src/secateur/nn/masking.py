@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def restrict_norm_(norm: nn.Module, alive: Tensor) -> None:
     removing the unit; with the statistics restricted likewise it is.
 
     Args:
-        norm: a module from [..., n] to [..., n] whose parameters are [n].
+        norm: a module from [..., n], perhaps with a gate [..., n], to [..., n], whose parameters are [n].
         alive: bool, [n].
     """
     small = copy.deepcopy(norm)
@@ -35,9 +36,12 @@ def restrict_norm_(norm: nn.Module, alive: Tensor) -> None:
     if hasattr(small, "normalized_shape"):
         small.normalized_shape = (int(alive.sum()),)  # type: ignore[assignment]
 
-    def forward(x: Tensor) -> Tensor:
+    def kept(value: Any) -> Any:
+        return value[..., alive] if isinstance(value, Tensor) and value.shape[-1:] == alive.shape else value
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = torch.zeros_like(x)
-        out[..., alive] = small(x[..., alive])
+        out[..., alive] = small(kept(x), *map(kept, args), **{k: kept(v) for k, v in kwargs.items()})
         return out
 
     norm.forward = forward

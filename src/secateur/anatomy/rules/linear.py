@@ -109,6 +109,7 @@ def grouped_mm(op: Op) -> None:
     rows, k = op.axes(x)
     experts, k2, columns = op.axes(w)
     op.unify(experts, op.axis(offsets, 0))
+    op.names(experts, k2, columns)  # the kernel wants aligned rows
     _contract(op, out, [rows, columns], x, w, (k, k2), rows, columns, op.space.new(1))
 
 
