@@ -10,7 +10,7 @@ import torch
 
 import language_zoo as zoo
 import secateur as sc
-from secateur.anatomy import find_anatomy
+from secateur.anatomy import Kind, find_anatomy
 from secateur.plan import Kept, Plan
 from secateur.surgery import mask, prune
 
@@ -99,6 +99,49 @@ def test_a_cut_model_generates_with_its_cache(name):
         else:
             full = small(input_ids=out.sequences, use_cache=False).logits
     assert_same(torch.stack(out.logits, 1), full[:, start - 1 : -1], 1e-4)
+
+
+def test_experts_are_found_whatever_implementation_runs_them():
+    model, x = zoo.make("mixtral")
+    for attention, experts in (("eager", "eager"), ("sdpa", "batched_mm")):
+        model.set_attn_implementation(attention)
+        model.set_experts_implementation(experts)
+        anatomy = find_anatomy(model, x, zoo.forward)
+        assert Counter(str(g.kind) for g in anatomy.cuttable.values()) == zoo.ALL["mixtral"][2]
+        assert (model.config._attn_implementation, model.config._experts_implementation) == (attention, experts)
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_tied_embeddings_stay_tied(name):
+    model, _, _ = looked_at(name)
+    tied = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    once = [n for n, _ in model.named_parameters()]
+    assert len(once) < len(tied) and [n for n, _ in cut(name).named_parameters()] == once
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_layers_with_other_numbers_of_heads_share_a_static_cache(name):
+    _, x, _ = looked_at(name)
+    options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(x)}
+    grown = cut(name).generate(x, **options)
+    assert torch.equal(cut(name).generate(x, cache_implementation="static", **options), grown)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_heads_with_slopes_of_their_own_say_so(name):
+    _, _, anatomy = looked_at(name)
+    reasons = [g.reason for g in anatomy.groups.values() if g.kind is Kind.HEADS]
+    assert reasons and all("ALiBi" in r for r in reasons)
+
+
+def test_a_layer_sees_its_own_number_in_the_shared_config():
+    """Phi-3 reads the number of heads from the config at every call."""
+    small = cut("phi3")
+    counts = [layer.self_attn.config.num_attention_heads for layer in small.model.layers]
+    assert [layer.self_attn.qkv_proj.out_features // 8 for layer in small.model.layers] == [
+        n + 2 * layer.self_attn.num_key_value_heads for n, layer in zip(counts, small.model.layers, strict=True)
+    ]
+    assert small.config.num_attention_heads == 6 and max(counts) < 6
 
 
 @pytest.mark.parametrize("name", ["phi3", "mixtral", "t5"])

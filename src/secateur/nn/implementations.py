@@ -41,7 +41,7 @@ def implementation(model: nn.Module, choice: Mapping[str, str]) -> Iterator[None
             setattr(config, name, held)
 
 
-def has_other(model: nn.Module) -> bool:
-    """Whether plain code is not what the model runs anyway."""
+def has_other(model: nn.Module, choice: Mapping[str, str] = PLAIN) -> bool:
+    """Whether the model runs anything else than this choice."""
     held = (getattr(c, "__dict__", {}) for c in map(shared_config, model.modules()))
-    return any(h.get(name) not in (None, value) for h in held for name, value in PLAIN.items())
+    return any(h.get(name) not in (None, value) for h in held for name, value in choice.items())
