@@ -63,11 +63,8 @@ def find_leaves(trace: Trace) -> list[Leaf]:
         else:
             each(event.summed, "paired", i)
             each(event.batch, "shared", i)
-    made = {x for x, leaf in leaves.items() if leaf.made}
-    for i, event in enumerate(trace.contractions):
-        # Attention sums over tokens; a state space model's output over its own state, which carries no values.
-        if not event.weights and made.isdisjoint(space.leaves(event.summed)):
-            for dim in event.dims[1:3]:
+            # Without heads beside them (in a state space model) what is carried are plain channels.
+            for dim in event.dims[1:3] if any(x in leaves for x in space.leaves(event.batch)) else ():
                 each(dim, "carried", i)
     for leaf, notes in space.notes().items():
         if leaf in leaves:
