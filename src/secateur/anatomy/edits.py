@@ -15,7 +15,7 @@ from secateur.anatomy.types import Kind, PrunableGroup
 from secateur.nn.localconfig import PREFIX
 from secateur.nn.slicing import AttrEdit
 
-LIMIT = 32  # sets of edits: where none of so many works, the code does more with the size than count
+LIMIT = 24  # sets of edits: where none of so many works, the code does more with the size than count
 _NEVER = re.compile(r"max_|window|patch|grid|stride|kernel|seq|resol|size_|_size$|pad|depth|layer_idx|block|shift")
 _HEAD_SIZE = re.compile(r"^(?!all_).*head_?(dim|size)")  # a group of heads does not shorten a head
 _COUNTS = re.compile(r"^n(um)?_.*(heads?|experts)$")

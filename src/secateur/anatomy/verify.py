@@ -8,6 +8,7 @@ once; where no code names the size, only standard layers see it, and there is no
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +36,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 LARGE = 1 << 28  # parameters of a module of which no copy in double precision is made: all experts of a layer
 DIFFERS = "its output differs from the masked one"
+ALIGNED = re.compile(r"stride|multiple|align|divisible")  # what kernels say to sizes that they do not take
 KERNEL = 8  # kernels that want rows of a multiple of 16 bytes are content with multiples of 8 numbers
 
 
@@ -111,7 +113,7 @@ class Verifier:
     def _prove(self, group: PrunableGroup, leaf: Dim) -> PrunableGroup:
         """The group, proved for any count, else for multiples of `KERNEL`, else refused with the reason."""
         proved = self._search(group, leaf)
-        if proved.reason and group.kind in (Kind.HIDDEN, Kind.CHANNELS) and group.size > KERNEL:
+        if ALIGNED.search(proved.reason) and group.kind in (Kind.HIDDEN, Kind.CHANNELS) and group.size > KERNEL:
             rounded = self._search(replace(group, multiple=KERNEL), leaf)
             return proved if rounded.reason else rounded
         return proved
