@@ -27,8 +27,7 @@ def plan_for(groups, share=2 / 3):
     """Keep about so much of each group, unevenly over the layers, at random."""
     kept = {}
     for i, (name, group) in enumerate(groups.items()):
-        count = round(share * group.size) - i % 2
-        count = max(group.least, count - count % group.multiple, group.multiple)
+        count = group.at_most(round(share * group.size) - i % 2)
         order = torch.randperm(group.size, generator=torch.Generator().manual_seed(i)).tolist()
         kept[name] = Kept(kind=str(group.kind), size=group.size, keep=tuple(sorted(order[:count])))
     return Plan(groups=kept)

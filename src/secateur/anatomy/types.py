@@ -134,6 +134,11 @@ class PrunableGroup:
     def cuttable(self) -> bool:
         return not self.reason
 
+    def at_most(self, count: int) -> int:
+        """The largest number of units up to `count` that may stay; the smallest of all where `count` is too few."""
+        step = self.multiple
+        return max(count - count % step, -(-self.least // step) * step)
+
     @property
     def norm(self) -> str | None:
         """The first of `norms`."""
