@@ -146,3 +146,39 @@ def test_experts_in_a_list_have_hidden_units_each_reached_or_not():
     assert [g.size for g in declared] == [EXPERTS] * 2
     assert all("experts in a list are declared" in g.reason and g.unit_params > 0 for g in declared)
     assert_cut_is_mask(model, x, anatomy, plan_for(anatomy.cuttable))
+
+
+def test_channels_that_the_data_chooses_are_no_experts():
+    """The best channels by their mean: there is no router to silence."""
+
+    class Best(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scores, self.inside = nn.Conv2d(zoo.WIDTH, 8, 1), nn.Conv2d(zoo.WIDTH, 8, 1)
+            self.restore = nn.Conv2d(3, zoo.WIDTH, 1)
+
+        def forward(self, x):
+            best = self.scores(x).mean((2, 3)).topk(3, dim=1)[1]
+            return self.restore(self.inside(x).gather(1, best[..., None, None].expand(-1, -1, *x.shape[2:])))
+
+    _, _, anatomy = looked_at(lambda: zoo.on_images(Best))
+    assert not anatomy.cuttable
+
+
+def test_of_experts_that_every_token_takes_only_hidden_units_are_cut():
+    """A softmax over all of them, and no choice."""
+
+    class Soft(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(zoo.WIDTH, EXPERTS)
+            self.up = nn.Parameter(torch.empty(EXPERTS, zoo.WIDTH, zoo.HIDDEN))
+            self.down = nn.Parameter(torch.empty(EXPERTS, zoo.HIDDEN, zoo.WIDTH))
+
+        def forward(self, x):
+            flat = x.reshape(-1, x.shape[-1])
+            hidden = torch.relu(torch.bmm(flat.expand(len(self.up), -1, -1), self.up))
+            return (torch.bmm(hidden, self.down) * self.router(flat).softmax(-1).t()[..., None]).sum(0).view_as(x)
+
+    _, _, anatomy = looked_at(lambda: zoo.on_tokens(Soft))
+    assert Counter(str(g.kind) for g in anatomy.cuttable.values()) == {"hidden": 2}

@@ -72,7 +72,7 @@ class Verifier:
         signatures = {
             n: _signature(self.model, g)
             for n, g in groups.items()
-            if g.cuttable and self.trace.space.find(leaves[n]) in named
+            if g.cuttable and (g.kind is Kind.EXPERTS or self.trace.space.find(leaves[n]) in named)
         }
         # The first of each structure, one that ran if there is any.
         ran = sorted(signatures, key=lambda n: self._is_twin(groups[n].owner))
