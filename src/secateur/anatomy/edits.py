@@ -86,7 +86,9 @@ def _configured(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: Dim)
         inside = path == group.owner or path.startswith(group.owner + ".") or not group.owner
         module = model.get_submodule(path)
         config = getattr(module, "config", None)
-        if not inside or config is None or isinstance(module, nn.Linear):
+        if (
+            not inside or config is None or hasattr(module, "save_pretrained")
+        ):  # a whole model's config is saved with it
             continue
         sizes = _sizes(trace, axes, leaf)
         for attr, value in vars(config).items():
