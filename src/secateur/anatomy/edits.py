@@ -86,9 +86,8 @@ def _configured(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: Dim)
         inside = path == group.owner or path.startswith(group.owner + ".") or not group.owner
         module = model.get_submodule(path)
         config = getattr(module, "config", None)
-        if (
-            not inside or config is None or hasattr(module, "save_pretrained")
-        ):  # a whole model's config is saved with it
+        whole = hasattr(module, "save_pretrained")  # its config is saved with it, and stays as it is
+        if not inside or config is None or whole:
             continue
         sizes = _sizes(trace, axes, leaf)
         for attr, value in vars(config).items():
