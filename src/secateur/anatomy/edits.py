@@ -53,26 +53,31 @@ def candidate_edits(trace: Trace, model: nn.Module, group: PrunableGroup, leaf: 
     if group.kind in (Kind.HEADS, Kind.KV_GROUPS):
         doubtful = sorted([*doubtful, *filter(_sizes_head, clear)], key=_sizes_head)
         clear = [e for e in clear if not _sizes_head(e)]
+    for extra in _orders(clear, doubtful, _configured(trace, model, group, leaf))[:LIMIT]:
+        yield (*group.edits, *extra)
+
+
+def _orders(clear: list[AttrEdit], doubtful: list[AttrEdit], configured: list[AttrEdit]) -> list[tuple[AttrEdit, ...]]:
+    """Distinct sets of candidates: the clear ones alone, with each doubtful one, with the config's, in pairs."""
+    every = clear + doubtful
     # Of several equal entries in one list of sizes, perhaps only one counts these units.
-    lists = {(e.module, e.attr) for e in clear + doubtful if e.index is not None}
+    lists = {(e.module, e.attr) for e in every if e.index is not None}
     single = [
-        [e for e in clear + doubtful if (e.module, e.attr, e.index) == (*key, i) or (e.module, e.attr) != key]
+        [e for e in every if (e.module, e.attr, e.index) == (*key, i) or (e.module, e.attr) != key]
         for key in sorted(lists)
         for i in range(8)
     ]
-    # Of several attributes of equal value (4 heads of size 4), perhaps only one does.
-    names = dict.fromkeys(e.attr for e in clear + doubtful)
-    configured = _configured(trace, model, group, leaf)
-    alone = [[e for e in clear + doubtful if e.attr == name] for name in names]
+    # Of several attributes of equal value (4 heads of size 4), perhaps only one or two do.
+    names = dict.fromkeys(e.attr for e in every)
+    alone = [[e for e in every if e.attr == name] for name in names]
+    pairs = [set(pair) for pair in combinations(names, 2)]
+    both = [[e for e in every if e.attr in pair or e in clear] for pair in pairs]
+    only = [[e for e in every if e.attr in pair] for pair in pairs]
     each = dict.fromkeys((e.attr, e.index) for e in doubtful)
     added = [[*clear, *(e for e in doubtful if (e.attr, e.index) == key)] for key in each]
-    pairs = [{*pair} for pair in combinations(names, 2)]
-    both = [[e for e in clear + doubtful if e.attr in pair or (e in clear)] for pair in pairs]
-    only = [[e for e in clear + doubtful if e.attr in pair] for pair in pairs]
     shared = [[*edits, *configured] for edits in (clear, [], *alone)] if configured else []
-    sets = (clear, [], *added, *shared, [*clear, *doubtful], *alone, *single, *both, *only)
-    for extra in list(dict.fromkeys(map(tuple, sets)))[:LIMIT]:
-        yield (*group.edits, *dict.fromkeys(extra))
+    sets = (clear, [], *added, *shared, every, *alone, *single, *both, *only)
+    return list(dict.fromkeys(tuple(dict.fromkeys(edits)) for edits in sets))
 
 
 def _sizes_head(edit: AttrEdit) -> bool:
