@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocation.base import Problem, allocator, best_units, evened
+from secateur.anatomy.masked import masked
 from secateur.anatomy.types import PrunableGroup
-from secateur.anatomy.verify import cut_module_, mask_
+from secateur.anatomy.verify import cut_module_
 from secateur.calibration.losses import similarities
 from secateur.data import Batches
 from secateur.errors import BudgetError
@@ -171,26 +172,17 @@ class Search:
     def _lead(self, working: nn.Module, group: PrunableGroup) -> Lead | None:
         """What comes before the group's consumers in its block."""
         block = self.prefix.blocks[self._stage(group)] if self.keeps else ""
-        if not block or not group.owner.startswith(block + "."):
+        if not block or not group.consumers or not group.owner.startswith(block + "."):
             return None
-        paths = [c.module for c in group.consumers] + ([group.norm] if group.norm else [])
+        paths = [*(c.module for c in group.consumers), *group.norms]
         return Lead(working.get_submodule(block), [working.get_submodule(p) for p in paths])
 
     def _masked_entropy(
         self, working: nn.Module, group: PrunableGroup, problem: Problem, count: int, lead: Lead | None
     ) -> float:
         keep = torch.tensor(best_units(problem.scores.values[group.name], count))
-        saved = {s.name: s for s in group.slots if s.role == "consumer"}
-        before = {n: working.get_parameter(n).detach().clone() for n in saved}
-        norm = None if group.norm is None else working.get_submodule(group.norm)
-        mask_(working, group, keep)
-        try:
+        with masked(working, group, keep):
             return self._entropy(working, self._stage(group), None if lead is None else lead.run)
-        finally:
-            for name, value in before.items():
-                working.get_parameter(name).copy_(value)
-            if norm is not None:
-                norm.__dict__.pop("forward", None)
 
     def _entropy(
         self, model: nn.Module, stage: int, around: Callable[[int], AbstractContextManager[None]] | None = None
