@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,19 +37,21 @@ def mask_(root: nn.Module, cuts: Iterable[tuple[PrunableGroup, Tensor]]) -> None
 
 
 @contextmanager
-def masked(root: nn.Module, group: PrunableGroup, keep: Tensor) -> Iterator[None]:
-    """Within the context, units of one group that are not kept are silent."""
-    held = {s.name: get_tensor(root, s.name).detach().clone() for s in group.slots if s.role == "consumer"}
-    owner = root.get_submodule(group.owner)
-    cls, norms = type(owner), [root.get_submodule(path) for path in group.norms]
-    mask_(root, [(group, keep)])
+def masked(root: nn.Module, cuts: Sequence[tuple[PrunableGroup, Tensor]]) -> Iterator[None]:
+    """Within the context, units that are not kept are silent; see `mask_`."""
+    consumers = {s.name for group, _ in cuts for s in group.slots if s.role == "consumer"}
+    held = {name: get_tensor(root, name).detach().clone() for name in consumers}
+    classes = {owner: type(owner) for group, _ in cuts for owner in [root.get_submodule(group.owner)]}
+    norms = [root.get_submodule(path) for group, _ in cuts for path in group.norms]
+    mask_(root, cuts)
     try:
         yield
     finally:
         with torch.no_grad():
             for name, value in held.items():
                 get_tensor(root, name).copy_(value)
-        owner.__class__ = cls
+        for owner, cls in classes.items():
+            owner.__class__ = cls
         for norm in norms:
             norm.__dict__.pop("forward", None)
 
