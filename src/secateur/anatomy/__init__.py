@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from secateur.anatomy.types import CUT_KINDS, Anatomy, Consumer, Kind, PrunableGroup, Slot
 from secateur.errors import AnatomyError
+
+if TYPE_CHECKING:
+    from secateur.anatomy.trace import Trace
 
 __all__ = ["CUT_KINDS", "Anatomy", "Consumer", "Kind", "PrunableGroup", "Slot", "find_anatomy"]
 
@@ -25,10 +28,10 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
     Raises:
         AnatomyError: the model cannot be run on the example.
     """
-    from secateur.anatomy.blocks import block_groups, block_order
+    from secateur.anatomy.blocks import block_order, declared_groups
     from secateur.anatomy.costs import cost_terms, with_costs
     from secateur.anatomy.groups import Builder
-    from secateur.anatomy.trace import trace_model
+    from secateur.anatomy.twins import adopt_twins
     from secateur.anatomy.verify import Verifier
     from secateur.nn.attention import explicit_attention
     from secateur.nn.slicing import drop_caches_
@@ -41,7 +44,8 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
     model.eval()
     try:
         with explicit_attention(model):
-            trace = trace_model(model, forward, example)
+            trace = _trace(model, forward, example)
+            adopt_twins(trace, model)
             builder = Builder(trace, model)
             groups = builder.build()
             leaves = builder.leaves
@@ -56,7 +60,7 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
             module.training = mode
     params, macs = cost_terms(trace, model, leaves)
     groups = {n: with_costs(g, params, macs) for n, g in groups.items()}
-    groups |= block_groups(trace, model, params, macs)
+    groups |= declared_groups(trace, model, params, macs)
     first = next(iter(tensors_in(example)), torch.empty(0))
     return Anatomy(
         groups=groups,
@@ -67,3 +71,17 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
         input_shape=tuple(first.shape[1:]),
         blocks=block_order(trace, model),
     )
+
+
+def _trace(model: nn.Module, forward: Callable[[nn.Module, Any], Any], example: Any) -> Trace:
+    """The trace of a model in plain code, or in the implementation that was chosen, where there is no other."""
+    from secateur.anatomy.trace import trace_model
+    from secateur.nn.implementations import TRACED, has_other, implementation
+
+    if has_other(model, TRACED):
+        try:
+            with implementation(model, TRACED):
+                return trace_model(model, forward, example)
+        except Exception:  # not every model has plain code; the failure of its own is the one to report
+            pass
+    return trace_model(model, forward, example)
