@@ -16,7 +16,7 @@ from secateur.surgery import compensators
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 # Square float64 matrices of a layer's inputs that scoring and refitting hold at once, beside the float32 sums.
-_WORK = 5
+_WORK = 6
 STATES = 1 / 8  # share of the budget for hidden states; those beyond it are kept on disk
 
 
@@ -106,4 +106,4 @@ def resident() -> int:
 
 
 def _shown(size: float) -> str:
-    return f"{size / 1e9:.2g}GB" if size >= 1e8 else f"{size / 1e6:.0f}MB"
+    return f"{size / 1e9:.1f}GB" if size >= 1e8 else f"{size / 1e6:.0f}MB"
