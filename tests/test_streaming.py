@@ -1,6 +1,7 @@
 """Models larger than memory: what is cut block by block from files is what is cut in memory."""
 
 import json
+import sys
 from dataclasses import fields
 
 import pytest
@@ -302,3 +303,18 @@ def test_gradients_of_a_bfloat16_model_with_checkpointing(bf16, text_file):
         assert torch.equal(sums.token, again.taylor["logits-entropy"][name].token)
         assert sums.token.dtype == torch.float32
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_entropy_of_many_logits_is_taken_in_parts(monkeypatch):
+    from secateur.calibration import losses as names
+    from secateur.calibration.losses import LossInput
+    from secateur.models import Features
+
+    logits = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = []
+    for size in (2**24, 100):
+        monkeypatch.setattr(sys.modules["secateur.calibration.losses"], "_PART", size)
+        value = names.get("logits-entropy")(LossInput(Features(logits[:, 0], logits=logits)))
+        found.append((value.detach(), *torch.autograd.grad(value, logits)))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole)

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from secateur.errors import DataError
 from secateur.models.source import Features
 from secateur.registry import Registry
+
+_PART = 2**24  # logits that a loss works on at once
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,16 @@ def _entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum()
 
 
+def _in_parts(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """A loss that adds up over positions, some rows at a time, each computed again in the backward pass: a language
+    model's logits of all positions in float32, several times over, can be larger than the model."""
+    rows = logits.flatten(0, -2)
+    count = max(1, _PART // rows.shape[-1])
+    if len(rows) <= count:
+        return loss(logits)
+    return torch.stack([checkpoint(loss, part, use_reentrant=False) for part in rows.split(count)]).sum()
+
+
 def in_batch_entropy(given: LossInput) -> Tensor:
     """Entropy of the in-batch softmax over CLS similarities: the self-supervised loss of AMP."""
     if len(given.features.embedding) < 2:
@@ -76,7 +89,7 @@ def logits_entropy(given: LossInput) -> Tensor:
     """Entropy of the model's own prediction: of the class, or of every next token (HFPrune)."""
     if given.features.logits is None:
         raise DataError("loss 'logits-entropy' needs a model with a classifier; use 'entropy' or 'features'")
-    return _entropy(given.features.logits.float().log_softmax(-1))
+    return _in_parts(lambda x: _entropy(x.float().log_softmax(-1)), given.features.logits)
 
 
 def random_projection(given: LossInput) -> Tensor:
