@@ -67,7 +67,7 @@ class Problem:
 
     def allowed(self, group: PrunableGroup) -> list[int]:
         """Counts that a group may keep, ascending, the whole group included."""
-        step = self.align if group.kind in (Kind.HIDDEN, Kind.CHANNELS) else 1
+        step = self.align if group.kind in (Kind.HIDDEN, Kind.CHANNELS, Kind.RESIDUAL) else 1
         least = max(1, -(-int(self.floor * group.size * 1_000_000) // 1_000_000), min(step, group.size))
         counts = [k for k in range(step, group.size, step) if k >= least]
         return [*counts, group.size]

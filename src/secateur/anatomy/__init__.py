@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,13 +14,20 @@ from secateur.errors import AnatomyError
 __all__ = ["CUT_KINDS", "Anatomy", "Consumer", "Kind", "PrunableGroup", "Slot", "find_anatomy"]
 
 
-def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> Anatomy:
+def find_anatomy(
+    model: nn.Module,
+    example: Any,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    rotated: Collection[str] = (),
+) -> Anatomy:
     """Find every PrunableGroup of a model by running it once, and prove on copies which can be cut.
 
     Args:
         model: any module; it is put in eval mode for the run and left as it was.
         example: an input, batch first; two examples are enough.
         forward: how to call the model on it; `model(example)` by default.
+        rotated: kinds of groups that the model was prepared for (`secateur.rotate`); they are proved and cut as well.
 
     Raises:
         AnatomyError: the model cannot be run on the example.
@@ -28,6 +35,7 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
     from secateur.anatomy.blocks import block_groups, block_order
     from secateur.anatomy.costs import cost_terms, with_costs
     from secateur.anatomy.groups import Builder
+    from secateur.anatomy.residual import with_streams
     from secateur.anatomy.trace import trace_model
     from secateur.anatomy.verify import Verifier
     from secateur.nn.attention import explicit_attention
@@ -46,6 +54,7 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
             groups = builder.build()
             leaves = builder.leaves
         groups = Verifier(model, forward, example, trace).prove(groups, leaves)
+        groups = with_streams(groups, leaves, trace, model, lambda m: forward(m, example), proved=rotated)
     except (RuntimeError, ValueError, TypeError) as e:
         raise AnatomyError(
             f"{type(model).__name__} could not be run on an input of shape "

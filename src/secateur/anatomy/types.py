@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secateur.errors import AnatomyError
 from secateur.nn.slicing import AttrEdit
+from secateur.nn.stream import Stream
 
 
 class Kind(StrEnum):
@@ -29,6 +30,7 @@ class Kind(StrEnum):
 
 
 CUT_KINDS = frozenset({Kind.HIDDEN, Kind.CHANNELS, Kind.HEADS, Kind.KV_GROUPS})
+DECOMPOSED_KINDS = frozenset({Kind.RESIDUAL})  # cut in a model that `rotate` has prepared
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class PrunableGroup:
         norm: dotted path of a norm over the hidden dimension that feeds the consumer, if there is one.
         edits: attributes that count units.
         rewritten: modules whose forward must be made free of the input width first, with their head counts.
+        stream: its norms and scales, where the units are entries of the residual stream.
     """
 
     name: str
@@ -123,6 +126,7 @@ class PrunableGroup:
     norm: str | None = None
     edits: tuple[AttrEdit, ...] = ()
     rewritten: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
+    stream: Stream = Stream()
 
     @property
     def cuttable(self) -> bool:

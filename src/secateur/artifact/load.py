@@ -44,7 +44,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     _fill_(model, tensors, about.tied, folder)
     for name, dtype in about.buffers.items():
         _retype_(model, name, dtype)
-    if plan is not None:
+    if plan is not None or recipe.rotated:
         mark_as_cut(model, recipe, plan)
     return model
 

@@ -138,6 +138,7 @@ class Statistics:
         layers: by dotted path of the consumer layer.
         taylor: by loss, then by "<group>@<layer>".
         stream: how much the residual stream turns from block to block; None if the model has no repeated blocks.
+        moments: second moments by group name, for `secateur.rotate`; empty unless asked for.
         images: number of images (or windows of text) seen.
         skipped: name and reason of images that could not be read.
         meta: fingerprint of the model, token weighting, settings.
@@ -147,6 +148,7 @@ class Statistics:
     layers: dict[str, LayerSums] = field(default_factory=dict)
     taylor: dict[str, dict[str, TaylorSums]] = field(default_factory=dict)
     stream: StreamSums | None = None
+    moments: dict[str, Tensor] = field(default_factory=dict)
     images: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
@@ -169,6 +171,7 @@ class Statistics:
                     out[f"taylor|{loss}|{name}|{f.name}"] = getattr(sums, f.name)
         if self.stream is not None:
             out |= {f"stream|{f.name}": getattr(self.stream, f.name) for f in fields(self.stream)}
+        out |= {f"moment|{name}": value for name, value in self.moments.items()}
         return out
 
     def reduce_(self, add: Callable[[Tensor], None]) -> None:
@@ -206,6 +209,8 @@ class Statistics:
                 layers.setdefault(rest[0], {})[rest[1]] = tensor
             elif kind == "stream":
                 stream[rest[0]] = tensor
+            elif kind == "moment":
+                out.moments[rest[0]] = tensor
             else:
                 taylor.setdefault(rest[0], {}).setdefault(rest[1], {})[rest[2]] = tensor
         out.layers = {k: LayerSums(**v) for k, v in layers.items()}

@@ -6,6 +6,7 @@ from secateur.criteria import (  # noqa: F401  (they register themselves)
     leverage,
     magnitude,
     obs,
+    order,
     random,
     taylor,
     variance,

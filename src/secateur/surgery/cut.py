@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.anatomy.types import Anatomy, Consumer, PrunableGroup
+from secateur.anatomy.residual import narrow_stream_, silence_stream_
+from secateur.anatomy.types import Anatomy, Consumer, Kind, PrunableGroup
 from secateur.calibration.statistics import Statistics
 from secateur.errors import DataError, PlanError
 from secateur.fingerprint import fingerprint
@@ -108,6 +109,8 @@ def prune_(
     rewritten = {path: dict(heads) for group, _ in cuts.values() for path, heads in group.rewritten}
     for path, heads in rewritten.items():
         reforward_(model.get_submodule(path), heads)
+    for group, keep in cuts.values():
+        narrow_stream_(model, group, len(keep))
     masks = tensor_masks(cuts)
     for name in added:  # a new bias follows its layer's outputs
         axis_masks = masks.get(f"{name.rpartition('.')[0]}.weight", {})
@@ -117,7 +120,7 @@ def prune_(
     slice_tensors_(model, masks)
     edits = [(edit, group.size - len(keep)) for group, keep in cuts.values() for edit in group.edits]
     finish_(model, masks, edits)
-    recipe = _recipe(model, before, masks, rewritten, added)
+    recipe = recipe_of(model).then(_recipe(model, before, masks, rewritten, added, cuts))
     object.__setattr__(model, _RECIPE, recipe)
     object.__setattr__(model, _PLAN, plan)
     return model
@@ -147,6 +150,9 @@ def mask(model: nn.Module, plan: Plan, anatomy: Anatomy) -> nn.Module:
     """A copy of the dense model in which the units that the plan removes are silent: the reference for `prune`."""
     out = copy.deepcopy(model)
     for group, keep in check_plan(model, plan, anatomy).values():
+        if group.kind is Kind.RESIDUAL:
+            silence_stream_(out, group, keep)
+            continue
         for slot in group.slots:
             if slot.role == "consumer":
                 silence_(out, slot.name, slot.axis, ~keep_mask(slot.units, keep, group.size))
@@ -165,8 +171,8 @@ def plan_of(model: nn.Module) -> Plan | None:
     return getattr(model, _PLAN, None)
 
 
-def mark_as_cut(model: nn.Module, recipe: Recipe, plan: Plan) -> None:
-    """Remember where a model came from (used by loading)."""
+def mark_as_cut(model: nn.Module, recipe: Recipe, plan: Plan | None) -> None:
+    """Remember what was done to a model (used by loading, and by rotations, which have no plan)."""
     object.__setattr__(model, _RECIPE, recipe)
     object.__setattr__(model, _PLAN, plan)
 
@@ -190,6 +196,7 @@ def _recipe(
     masks: Mapping[str, Any],
     rewritten: dict[str, dict[str, int]],
     added: list[str],
+    cuts: Mapping[str, tuple[PrunableGroup, Tensor]],
 ) -> Recipe:
     changed = [
         (path, name, list(value) if isinstance(value, (tuple, list)) else value)
@@ -203,4 +210,10 @@ def _recipe(
         headwise=[p for p, m in model.named_modules() if type(m) is HeadwiseAttention],
         rewritten=list(rewritten.items()),
         biases=added,
+        eps=[
+            (norm.module, norm.eps, getattr(model.get_submodule(norm.module), norm.eps))
+            for group, _ in cuts.values()
+            for norm in group.stream.norms
+            if norm.eps
+        ],
     )
