@@ -1,9 +1,9 @@
 """The residual width as a group that can be cut: its norms, and the proof that the whole model runs with less of it.
 
-A unit is one entry of the stream. Cutting it leaves what the dense model computes where everything that writes the entry
-is zero, once each norm makes up for its mean over fewer entries (`StreamNorm.narrow_`). That needs norms that do not
-subtract the mean. Slicing entries of the basis that training left is a poor cut; `secateur.rotate` makes a better one,
-and only in a model so prepared is the group offered.
+A unit is one entry of the stream. Cutting it leaves what the dense model computes where everything that writes the
+entry is zero, once each norm makes up for its mean over fewer entries (`StreamNorm.narrow_`). That needs norms that do
+not subtract the mean. Slicing entries of the basis that training left is a poor cut; `secateur.rotate` makes a better
+one, and only in a model so prepared is the group offered.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class PrunableGroup:
     norm: str | None = None
     edits: tuple[AttrEdit, ...] = ()
     rewritten: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
-    stream: Stream = Stream()
+    stream: Stream = field(default_factory=Stream)
 
     @property
     def cuttable(self) -> bool:

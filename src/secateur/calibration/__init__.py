@@ -103,7 +103,7 @@ def calibrate(
     if not collector.watches:
         raise AnatomyError("the model has no group whose units can be observed; see `secateur inspect` for the reasons")
     device = next(model.parameters()).device
-    watch, moment_watch = StreamWatch(model, anatomy.blocks), MomentWatch(model, anatomy, moments)
+    watch, kept = StreamWatch(model, anatomy.blocks), MomentWatch(model, anatomy, moments)
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
         stack.enter_context(_graph_from_embeddings(model))
@@ -114,12 +114,10 @@ def calibrate(
         for i, (images, labels) in enumerate(track(reader.labelled(), "Calibrating", len(reader))):
             step_seed = seed * 1_000_003 + rank + i * world
             with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-                _one_batch(
-                    model, anatomy, collector, (watch, moment_watch), chosen, images.to(device), labels, step_seed
-                )
+                _one_batch(model, anatomy, collector, (watch, kept), chosen, images.to(device), labels, step_seed)
     statistics = collector.statistics
     statistics.stream = watch.sums if anatomy.blocks else None
-    statistics.moments = moment_watch.sums
+    statistics.moments = kept.sums
     statistics.skipped = dict(reader.skipped)
     if world > 1:
         statistics.reduce_(add_over_ranks)

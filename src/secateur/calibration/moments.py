@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from secateur.anatomy.types import Anatomy, Kind, PrunableGroup

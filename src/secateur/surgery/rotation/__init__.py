@@ -67,6 +67,6 @@ def _check(model: nn.Module, rotated: nn.Module, run: Callable[[nn.Module], Any]
     worst = max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) for a, b in zip(*outs, strict=True))
     if not worst <= TOLERANCE:
         raise AnatomyError(
-            f"{type(model).__name__} cannot be rotated: its output would change by {worst:.1e}; something besides norms "
-            "and the layers behind them reads the residual stream (norms after the addition, for example)"
+            f"{type(model).__name__} cannot be rotated: its output would change by {worst:.1e}; something besides "
+            "norms and the layers behind them reads the residual stream (norms after the addition, for example)"
         )

@@ -1,10 +1,10 @@
 """The residual stream in the basis of its principal components; the function of the model stays what it is.
 
-Source: SliceGPT (arXiv 2401.15024). Norm weights are folded into what reads the norm, a subtracted mean into what writes
-the stream, LayerScale into the layer before it; then every weight that writes or reads the stream is multiplied by Q.
-One Q serves the whole model (SliceGPT has one for each block, and a dense matrix in every skip to take one basis to the
-next), so after the cut the model is an ordinary one of smaller width. Q comes from the stream as the norms see it, all
-norms counting alike.
+Source: SliceGPT (arXiv 2401.15024). Norm weights are folded into what reads the norm, a subtracted mean into what
+writes the stream, LayerScale into the layer before it; then every weight that writes or reads the stream is multiplied
+by Q. One Q serves the whole model (SliceGPT has one for each block, and a dense matrix in every skip to take one basis
+to the next), so after the cut the model is an ordinary one of smaller width. Q comes from the stream as the norms see
+it, all norms counting alike.
 
 A head tied to the embedding cannot take the last norm's weights g in: Q^T diag(g) Q follows that norm as a matrix
 (D x D beside a vocabulary x D), so that the two stay tied. Where the mean is folded, they are untied instead.
