@@ -69,7 +69,8 @@ def rotate(
     Args:
         model: the dense model, unchanged.
         stats: of this model, from `calibrate(..., moments=kinds)`.
-        kinds: "residual": the residual stream in its principal components (SliceGPT).
+        kinds: "residual": the residual stream in its principal components (SliceGPT); "vo_dim": values by the SVD with
+            their output projection (MoDeGPT); "qk_dim": pairs of query/key dimensions, which stay what they are.
         anatomy: of this model; that of the statistics by default.
         example: an input to check the result on; as for `inspect`.
 

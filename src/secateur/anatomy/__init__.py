@@ -35,6 +35,7 @@ def find_anatomy(
     from secateur.anatomy.blocks import block_groups, block_order
     from secateur.anatomy.costs import cost_terms, with_costs
     from secateur.anatomy.groups import Builder
+    from secateur.anatomy.headdims import renamed, with_head_dims
     from secateur.anatomy.residual import with_streams
     from secateur.anatomy.trace import trace_model
     from secateur.anatomy.verify import Verifier
@@ -55,6 +56,8 @@ def find_anatomy(
             leaves = builder.leaves
         groups = Verifier(model, forward, example, trace).prove(groups, leaves)
         groups = with_streams(groups, leaves, trace, model, lambda m: forward(m, example), proved=rotated)
+        with explicit_attention(model):
+            groups, parts = with_head_dims(groups, leaves, trace, model, lambda m: forward(m, example), proved=rotated)
     except (RuntimeError, ValueError, TypeError) as e:
         raise AnatomyError(
             f"{type(model).__name__} could not be run on an input of shape "
@@ -64,6 +67,8 @@ def find_anatomy(
         for module, mode in modes:
             module.training = mode
     params, macs = cost_terms(trace, model, leaves)
+    params = renamed(params, [name for name, _ in model.named_parameters()], parts)
+    macs = renamed(macs, [event.module for event in trace.contractions], parts)
     groups = {n: with_costs(g, params, macs) for n, g in groups.items()}
     groups |= block_groups(trace, model, params, macs)
     first = next(iter(tensors_in(example)), torch.empty(0))

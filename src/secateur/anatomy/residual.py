@@ -28,7 +28,7 @@ from secateur.nn.slicing import finish_, keep_mask, slice_tensors_
 from secateur.nn.stream import Stream, StreamNorm, read_norm
 from secateur.nn.trees import tensors_in
 
-ROTATE = "the residual width is cut in a rotated basis: prepare the model with secateur.rotate"
+ROTATE = "the residual width is not cut by slicing alone; secateur.rotate prepares a model for it"
 
 
 def with_streams(

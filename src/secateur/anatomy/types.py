@@ -11,6 +11,7 @@ from functools import cached_property
 from torch import Tensor
 
 from secateur.errors import AnatomyError
+from secateur.nn.narrow import Narrowing
 from secateur.nn.slicing import AttrEdit
 from secateur.nn.stream import Stream
 
@@ -30,7 +31,7 @@ class Kind(StrEnum):
 
 
 CUT_KINDS = frozenset({Kind.HIDDEN, Kind.CHANNELS, Kind.HEADS, Kind.KV_GROUPS})
-DECOMPOSED_KINDS = frozenset({Kind.RESIDUAL})  # cut in a model that `rotate` has prepared
+DECOMPOSED_KINDS = frozenset({Kind.RESIDUAL, Kind.QK_DIM, Kind.VO_DIM})  # cut in a model that `rotate` has prepared
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class PrunableGroup:
         edits: attributes that count units.
         rewritten: modules whose forward must be made free of the input width first, with their head counts.
         stream: its norms and scales, where the units are entries of the residual stream.
+        narrowing: how the owner is given head sizes of its own first, where the units are dimensions of heads.
     """
 
     name: str
@@ -127,6 +129,7 @@ class PrunableGroup:
     edits: tuple[AttrEdit, ...] = ()
     rewritten: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
     stream: Stream = field(default_factory=Stream)
+    narrowing: Narrowing | None = None
 
     @property
     def cuttable(self) -> bool:

@@ -70,7 +70,7 @@ def calibrate(
         checkpointing: recompute activations in the backward pass, block by block.
         broken: largest share of unreadable images, or lines of text, to put up with.
         window, stride: of text, see `secateur.data.batches`.
-        moments: kinds of groups whose second moments `secateur.rotate` will need ("residual").
+        moments: kinds of groups whose second moments `secateur.rotate` will need ("residual", "vo_dim").
 
     Raises:
         DataError: too few images, or a loss that this data or model cannot serve.

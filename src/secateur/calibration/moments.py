@@ -25,12 +25,15 @@ class MomentWatch:
 
     Attributes:
         sums: by group name. RESIDUAL: [D, D], the stream as each of its norms sees it, scaled to root mean square 1,
-            summed over all norms.
+            summed over all norms. VO_DIM: [N, N], what the projection to values gives. QK_DIM, with the name of a
+            projection: [N], the squares of what it gives.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> None:
-        self.model, self.sums = model, dict[str, Tensor]()
-        self.groups = [g for g in anatomy.groups.values() if str(g.kind) in set(map(str, kinds))]
+        self.model = model
+        self.sums: dict[str, Tensor] = {}
+        wanted = {*map(str, kinds), *(str(Kind.QK_DIM) for g in anatomy.cuttable.values() if g.kind is Kind.QK_DIM)}
+        self.groups = [g for g in anatomy.groups.values() if str(g.kind) in wanted]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -44,13 +47,32 @@ class MomentWatch:
 
                     module = self.model.get_submodule(norm.module)
                     handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            elif group.kind in (Kind.QK_DIM, Kind.VO_DIM):
+                for slot in group.slots:
+                    if slot.role == "producer":
+                        path = slot.name.rpartition(".")[0]
+
+                        def after(_module, _args, out, group=group, units=slot.units, path=path):
+                            self._made(group, out[..., units >= 0], path)
+
+                        handles.append(self.model.get_submodule(path).register_forward_hook(after))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _add(self, group: PrunableGroup, x: Tensor, suffix: str = "") -> None:
+    def _made(self, group: PrunableGroup, out: Tensor, path: str) -> None:
+        """Queries, keys or values."""
+        if group.kind is Kind.VO_DIM:
+            self._add(group, out)
+        else:
+            self._sum(f"{group.name}@{path}", out.detach().flatten(0, -2).float().square().sum(0))
+
+    def _add(self, group: PrunableGroup, x: Tensor) -> None:
         x_TN = x.detach().flatten(0, -2).float()
-        key, value = group.name + suffix, (x_TN.T @ x_TN).cpu()
+        self._sum(group.name, x_TN.T @ x_TN)
+
+    def _sum(self, key: str, value: Tensor) -> None:
+        value = value.cpu()
         self.sums[key] = self.sums[key] + value if key in self.sums else value

@@ -5,6 +5,7 @@ from secateur.criteria import (  # noqa: F401  (they register themselves)
     dgmr,
     leverage,
     magnitude,
+    modegpt,
     obs,
     order,
     random,

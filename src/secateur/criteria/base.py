@@ -123,6 +123,7 @@ class Criterion:
         data: it needs statistics at all.
         covariance: it needs outer products.
         losses: it needs the gradients of these losses.
+        moments: it scores query/key dimensions as well, which no layer reads.
         weighting: its covariances are better weighted by how much a token matters.
         options: names of the options it reads.
     """
@@ -133,6 +134,7 @@ class Criterion:
     losses: tuple[str, ...] = ()
     weighting: str | None = None
     options: tuple[str, ...] = ()
+    moments: bool = False
 
 
 criteria: Registry[Criterion] = Registry("criterion")
@@ -146,11 +148,12 @@ def criterion(
     losses: tuple[str, ...] = (),
     weighting: str | None = None,
     options: tuple[str, ...] = (),
+    moments: bool = False,
 ) -> Callable[[Callable[[GroupView], Tensor]], Callable[[GroupView], Tensor]]:
     """Decorator: register a function from `GroupView` to [U] scores as a criterion."""
 
     def add(function: Callable[[GroupView], Tensor]) -> Callable[[GroupView], Tensor]:
-        criteria.register(name)(Criterion(function, data, covariance, losses, weighting, options))
+        criteria.register(name)(Criterion(function, data, covariance, losses, weighting, options, moments))
         return function
 
     return add

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.anatomy.headdims import silence_heads_
 from secateur.anatomy.residual import narrow_stream_, silence_stream_
 from secateur.anatomy.types import Anatomy, Consumer, Kind, PrunableGroup
 from secateur.calibration.statistics import Statistics
@@ -16,6 +17,7 @@ from secateur.errors import DataError, PlanError
 from secateur.fingerprint import fingerprint
 from secateur.nn.attention import HeadwiseAttention
 from secateur.nn.masking import restrict_norm_, silence_
+from secateur.nn.narrow import Narrowing, narrow_
 from secateur.nn.params import get_tensor
 from secateur.nn.reforward import reforward_
 from secateur.nn.slicing import finish_, keep_mask, slice_tensors_
@@ -109,6 +111,9 @@ def prune_(
     rewritten = {path: dict(heads) for group, _ in cuts.values() for path, heads in group.rewritten}
     for path, heads in rewritten.items():
         reforward_(model.get_submodule(path), heads)
+    narrowed = {group.owner: group.narrowing for group, _ in cuts.values() if group.narrowing is not None}
+    for path, how in narrowed.items():
+        narrow_(model.get_submodule(path), how)
     for group, keep in cuts.values():
         narrow_stream_(model, group, len(keep))
     masks = tensor_masks(cuts)
@@ -120,7 +125,7 @@ def prune_(
     slice_tensors_(model, masks)
     edits = [(edit, group.size - len(keep)) for group, keep in cuts.values() for edit in group.edits]
     finish_(model, masks, edits)
-    recipe = recipe_of(model).then(_recipe(model, before, masks, rewritten, added, cuts))
+    recipe = recipe_of(model).then(_recipe(model, before, masks, rewritten, added, cuts, narrowed))
     object.__setattr__(model, _RECIPE, recipe)
     object.__setattr__(model, _PLAN, plan)
     return model
@@ -152,6 +157,9 @@ def mask(model: nn.Module, plan: Plan, anatomy: Anatomy) -> nn.Module:
     for group, keep in check_plan(model, plan, anatomy).values():
         if group.kind is Kind.RESIDUAL:
             silence_stream_(out, group, keep)
+            continue
+        if group.narrowing is not None:
+            silence_heads_(out, group, keep)
             continue
         for slot in group.slots:
             if slot.role == "consumer":
@@ -197,6 +205,7 @@ def _recipe(
     rewritten: dict[str, dict[str, int]],
     added: list[str],
     cuts: Mapping[str, tuple[PrunableGroup, Tensor]],
+    narrowed: dict[str, Narrowing],
 ) -> Recipe:
     changed = [
         (path, name, list(value) if isinstance(value, (tuple, list)) else value)
@@ -210,6 +219,7 @@ def _recipe(
         headwise=[p for p, m in model.named_modules() if type(m) is HeadwiseAttention],
         rewritten=list(rewritten.items()),
         biases=added,
+        narrowed=list(narrowed.items()),
         eps=[
             (norm.module, norm.eps, getattr(model.get_submodule(norm.module), norm.eps))
             for group, _ in cuts.values()

@@ -9,6 +9,7 @@ from torch import nn
 
 from secateur.errors import ArtifactError
 from secateur.nn.attention import HeadwiseAttention
+from secateur.nn.narrow import Narrowing, narrow_
 from secateur.nn.params import get_tensor, owner_of, set_tensor, sync_attributes
 from secateur.nn.reforward import reforward_
 from secateur.nn.stream import mix_, uncentre_
@@ -26,6 +27,7 @@ class Recipe(BaseModel):
         rotated: kinds of groups that the model was prepared for by `rotate`.
         mixed: norms followed by a matrix since.
         uncentred: layer norms that no longer subtract the mean.
+        narrowed: attention modules with head sizes of their own, and how they were given them.
         eps: [module, attribute, value] of norms whose stream became narrower.
     """
 
@@ -38,6 +40,7 @@ class Recipe(BaseModel):
     rotated: list[str] = Field(default_factory=list)
     mixed: list[str] = Field(default_factory=list)
     uncentred: list[str] = Field(default_factory=list)
+    narrowed: list[tuple[str, Narrowing]] = Field(default_factory=list)
     eps: list[tuple[str, str, FiniteFloat]] = Field(default_factory=list)
 
     def then(self, after: Recipe) -> Recipe:
@@ -71,6 +74,11 @@ class Recipe(BaseModel):
                 if not reforward_(model.get_submodule(path), dict(heads)):
                     raise ArtifactError(
                         f"'{path}' cannot be rewritten; was its library upgraded since the model was cut?"
+                    )
+            for path, how in self.narrowed:
+                if not narrow_(model.get_submodule(path), how):
+                    raise ArtifactError(
+                        f"'{path}' cannot be narrowed; was its library upgraded since the model was cut?"
                     )
             for path, attribute, value in self.attributes:
                 module = model.get_submodule(path)

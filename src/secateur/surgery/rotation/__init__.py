@@ -20,11 +20,17 @@ from secateur.nn.trees import tensors_in
 from secateur.surgery.cut import mark_as_cut, plan_of, recipe_of
 from secateur.surgery.recipe import Recipe
 from secateur.surgery.rotation.residual import rotate_residual_
+from secateur.surgery.rotation.values import rotate_values_
 
 __all__ = ["ROTATIONS", "rotate"]
 
-# For each kind of group: rotate it in place, given its second moment, and say what changed in the structure.
-ROTATIONS: dict[str, Callable[[nn.Module, PrunableGroup, Tensor], Recipe]] = {str(Kind.RESIDUAL): rotate_residual_}
+# For each kind of group that can be prepared: how to rotate it in place, given its second moment; what that changes in
+# the structure comes back.
+ROTATIONS: dict[str, Callable[[nn.Module, PrunableGroup, Tensor], Recipe] | None] = {
+    str(Kind.RESIDUAL): rotate_residual_,
+    str(Kind.VO_DIM): rotate_values_,
+    str(Kind.QK_DIM): None,  # rotary embeddings fix the basis; the dimensions can be cut as they are
+}
 
 TOLERANCE = 1e-3  # of the largest output, float32
 
@@ -45,10 +51,13 @@ def rotate(
         if not usable:
             why = groups[0].reason if groups else "it has none"
             raise AnatomyError(f"no group of kind '{kind}' of this model can be rotated: {why}")
+        turn = ROTATIONS[kind]
         for group in usable:
+            if turn is None:
+                continue
             if group.name not in statistics.moments:
                 raise DataError(f"the statistics hold no moments of '{group.name}'; calibrate with moments=('{kind}',)")
-            recipe = recipe.then(ROTATIONS[kind](out, group, statistics.moments[group.name]))
+            recipe = recipe.then(turn(out, group, statistics.moments[group.name]))
     recipe = recipe.then(Recipe(rotated=list(kinds)))
     _check(model, out, run)
     mark_as_cut(out, recipe, plan_of(model))
