@@ -50,6 +50,8 @@ def with_head_dims(
     """
     out: dict[str, PrunableGroup] = {}
     parts: dict[str, dict[str, str]] = {}
+    where: dict[str, str] = {}
+    sizes: dict[str, int] = {}
     for name, group in groups.items():
         if group.kind not in (Kind.QK_DIM, Kind.VO_DIM):
             out[name] = group
@@ -59,20 +61,28 @@ def with_head_dims(
         if not layers:
             out[name] = group
             continue
-        parts[name] = {owner: part.name for owner, part in layers.items()}
+        if [part.name for part in layers.values()] != [name]:
+            parts[name] = {owner: part.name for owner, part in layers.items()}
         out |= {part.name: part for part in layers.values()}
+        where |= {part.name: owner for owner, part in layers.items()}
+        sizes |= dict.fromkeys((p.name for p in layers.values()), _head_size(trace, group, leaves[name]))
     wanted = {n: g for n, g in out.items() if g.kind in (Kind.QK_DIM, Kind.VO_DIM) and str(g.kind) in proved}
-    inputs = _inputs(model, {g.owner for g in wanted.values()}, run) if wanted else {}
-    sizes = {new: _head_size(trace, groups[old], leaves[old]) for old, each in parts.items() for new in each.values()}
-    known: dict[tuple, tuple[str, Narrowing | None]] = {}
+    called = {g.owner for g in wanted.values()} | {where[n] for n in wanted}
+    inputs = _inputs(model, called, run) if wanted else {}
+    known: dict[tuple, str] = {}
     for name, group in wanted.items():
-        owner = model.get_submodule(group.owner)
+        path, owner = where[name], model.get_submodule(group.owner)
         shapes = tuple((n, tuple(p.shape)) for n, p in owner.named_parameters())
-        key = (group.kind, group.size, type(owner), shapes)
-        if key not in known:
-            known[key] = _prove(group, sizes[name], out, inputs.get(group.owner), owner)
-        why, how = known[key]
-        out[name] = _narrowed(group, how) if how is not None else replace(group, reason=why)
+        key = (group.kind, group.size, type(owner), path.removeprefix(group.owner), shapes)
+        together = [out[n] for n in where if where[n] == path]
+        how = _narrowing(path, sizes[name], together, inputs.get(path))
+        if how is None:
+            why = "queries, keys and values do not come from projections of their own with heads of one size"
+        else:
+            if key not in known:
+                known[key] = _prove(_narrowed(group, how), owner, inputs.get(group.owner))
+            why = known[key]
+        out[name] = _narrowed(group, how) if how is not None and not why else replace(group, reason=why)
     return out, parts
 
 
@@ -123,22 +133,25 @@ def _head_size(trace: Trace, group: PrunableGroup, leaf: Dim) -> int:
 
 
 def _by_layer(group: PrunableGroup, owners: list[str]) -> dict[str, PrunableGroup]:
+    """By the path of the attention: its own part of a group."""
+    what = "query/key" if group.kind is Kind.QK_DIM else "value"
+    group = replace(group, reason=NOT_READY.format(what))
+    if len(owners) == 1 and group.owner:
+        return {owners[0]: group}
     out = {}
     for owner in owners:
-        inside = tuple(s for s in group.slots if s.name.startswith(f"{owner}.") and s.role != "other")
-        inside += tuple(s for s in group.slots if s.name.startswith(f"{owner}.") and s.name.endswith(".bias"))
+        inside = tuple(s for s in group.slots if s.name.startswith(f"{owner}.") and _is_layer(group, s))
         if any(s.role == "producer" for s in inside):
-            kind, what = group.kind, "query/key" if group.kind is Kind.QK_DIM else "value"
             consumers = tuple(c for c in group.consumers if c.module.startswith(f"{owner}."))
-            out[owner] = replace(
-                group,
-                name=f"{owner}:{kind}",
-                owner=owner,
-                slots=inside,
-                consumers=consumers,
-                reason=NOT_READY.format(what),
-            )
+            name = f"{owner}:{group.kind}"
+            out[owner] = replace(group, name=name, owner=owner, slots=inside, consumers=consumers)
     return out
+
+
+def _is_layer(group: PrunableGroup, slot: Slot) -> bool:
+    """Whether a slot is a weight that makes or reads units, or the bias of one; rotary frequencies are not."""
+    layers = {s.name.rpartition(".")[0] for s in group.slots if s.role != "other"}
+    return slot.name.rpartition(".")[0] in layers
 
 
 @torch.no_grad()
@@ -154,8 +167,8 @@ def _narrowed(group: PrunableGroup, how: Narrowing) -> PrunableGroup:
     size = QK if group.kind is Kind.QK_DIM else VO
     slots = list(group.slots)
     if group.kind is Kind.QK_DIM and how.tables:
-        slots.append(Slot(f"{group.owner}.{INDEX}", 0, _units(group)[: how.size], "other"))
-    edit = AttrEdit(group.owner, size, how.size // group.size)
+        slots.append(Slot(f"{how.module}.{INDEX}", 0, _units(group)[: how.size], "other"))
+    edit = AttrEdit(how.module, size, how.size // group.size)
     return replace(group, slots=tuple(slots), edits=(edit,), narrowing=how, reason="")
 
 
@@ -165,32 +178,27 @@ def _units(group: PrunableGroup) -> Tensor:
     return units[units >= 0]
 
 
-def _prove(
-    group: PrunableGroup, size: int, groups: dict[str, PrunableGroup], inputs: tuple | None, owner: nn.Module
-) -> tuple[str, Narrowing | None]:
-    """Why a layer's dimensions cannot be cut, or how they can."""
-    if inputs is None:
-        return "its module was never called", None
-    how = _narrowing(group, size, groups, inputs)
-    if how is None:
-        return "queries, keys and values do not come from projections of their own with heads of one size", None
+def _prove(group: PrunableGroup, owner: nn.Module, inputs: tuple | None) -> str:
+    """Empty if a randomised copy of the owner gives, cut, what it gives masked; else what went wrong."""
+    if inputs is None or group.narrowing is None:
+        return "its module was never called"
     keep = torch.randperm(group.size, generator=torch.Generator().manual_seed(0))
     keep = keep[: max(1, group.size * 2 // 3)].sort().values
-    local = _local(_narrowed(group, how))
+    local = _local(group)
     try:
         base = copy.deepcopy(owner)
         randomise_(base)
         masked = copy.deepcopy(base)
         silence_heads_(masked, local, keep)
         reference = _call(masked, inputs)
-        if not narrow_(base, how):
-            return f"the code of {type(owner).__name__} has no place for heads of another size", None
+        if local.narrowing is None or not narrow_(base, local.narrowing):
+            return f"the code of {type(owner).__name__} has no place for heads of another size"
         slice_heads_(base, local, keep)
         out = _call(base, inputs)
     except Exception as e:  # the module's own code refusing the size is an answer, not a crash
-        return f"{type(owner).__name__} cannot run with smaller heads: {reason(e)}", None
+        return f"{type(owner).__name__} cannot run with smaller heads: {reason(e)}"
     failure = compare(reference, out, TOLERANCE[torch.float32])
-    return (f"smaller heads change {type(owner).__name__}: {failure}", None) if failure else ("", how)
+    return failure and f"smaller heads change {type(owner).__name__}: {failure}"
 
 
 def slice_heads_(root: nn.Module, group: PrunableGroup, keep: Tensor) -> None:
@@ -202,31 +210,36 @@ def slice_heads_(root: nn.Module, group: PrunableGroup, keep: Tensor) -> None:
     finish_(root, masks, [(edit, group.size - len(keep)) for edit in group.edits])
 
 
-def _narrowing(group: PrunableGroup, size: int, groups: dict[str, PrunableGroup], inputs: tuple) -> Narrowing | None:
-    """From which children queries, keys and values come, how large a head is, and which arguments are rotary tables."""
+def _narrowing(path: str, size: int, groups: list[PrunableGroup], inputs: tuple | None) -> Narrowing | None:
+    """From which children queries, keys and values come, and which arguments are rotary tables.
+
+    Args:
+        path: of the attention.
+        size: of a head.
+        groups: those of its dimensions.
+        inputs: with which it is called.
+    """
     projections: list[tuple[str, str]] = []
-    for kind, attribute in ((Kind.QK_DIM, QK), (Kind.VO_DIM, VO)):
-        part = groups.get(f"{group.owner}:{kind}")
-        for slot in part.slots if part else ():
-            child, _, leaf = slot.name.removeprefix(f"{group.owner}.").rpartition(".")
+    for group in groups:
+        units = _units(group)
+        if not size or len(units) % size or not torch.equal(units, units[:size].repeat(len(units) // size)):
+            return None
+        for slot in group.slots:
+            child, _, leaf = slot.name.removeprefix(f"{path}.").rpartition(".")
             if slot.role == "producer":
                 if "." in child or not child or leaf != "weight" or bool((slot.units < 0).any()):
                     return None
-                projections.append((child, attribute))
-    units = _units(group)
-    if not size or not torch.equal(units, units[:size].repeat(len(units) // size)):
-        return None
+                projections.append((child, QK if group.kind is Kind.QK_DIM else VO))
     names = [child for child, _ in projections]
-    if len(set(names)) != len(names):
+    if inputs is None or len(set(names)) != len(names):
         return None
-    _, kwargs = inputs
     tables = tuple(
         name
-        for name, value in kwargs.items()
+        for name, value in inputs[1].items()
         if isinstance(value, (tuple, list))
         and any(isinstance(t, Tensor) and t.shape[-1:] == (size,) for t in tree_leaves(value))
     )
-    return Narrowing(tuple(projections), size, tables)
+    return Narrowing(path, tuple(projections), size, tables)
 
 
 def _inputs(model: nn.Module, owners: set[str], run: Callable[[nn.Module], Any]) -> dict[str, tuple]:
@@ -265,4 +278,5 @@ def _local(group: PrunableGroup) -> PrunableGroup:
         group,
         slots=tuple(replace(s, name=s.name[prefix:]) for s in group.slots),
         edits=tuple(replace(e, module=e.module[prefix:]) for e in group.edits),
+        narrowing=group.narrowing and replace(group.narrowing, module=group.narrowing.module[prefix:]),
     )

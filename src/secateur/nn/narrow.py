@@ -29,22 +29,26 @@ class Narrowing:
     """How an attention module is given head sizes of its own.
 
     Attributes:
+        module: dotted path.
         projections: pairs of a child that projects and the attribute with the size of its heads.
         size: of a head in the dense module.
         tables: keyword arguments that hold rotary tables, [.., size] each.
     """
 
+    module: str
     projections: tuple[tuple[str, str], ...]
     size: int
     tables: tuple[str, ...] = ()
 
 
-def narrow_(module: nn.Module, how: Narrowing) -> bool:
+def narrow_(root: nn.Module, how: Narrowing) -> bool:
     """Give a module a subclass with a `qk_size` and a `vo_size`, dense at first; False if its code has no room for it.
 
     Args:
-        module: changed in place: its class, the two sizes, and a buffer `rotary_index` [size] if it is handed tables.
+        root: holds the module that `how` names, which is changed in place: its class, the two sizes, and a buffer
+            `rotary_index` [size] if it is handed tables.
     """
+    module = root.get_submodule(how.module)
     cls, sizes = type(module), dict(how.projections)
     if hasattr(module, QK):
         return True

@@ -111,9 +111,9 @@ def prune_(
     rewritten = {path: dict(heads) for group, _ in cuts.values() for path, heads in group.rewritten}
     for path, heads in rewritten.items():
         reforward_(model.get_submodule(path), heads)
-    narrowed = {group.owner: group.narrowing for group, _ in cuts.values() if group.narrowing is not None}
-    for path, how in narrowed.items():
-        narrow_(model.get_submodule(path), how)
+    narrowed = list(dict.fromkeys(group.narrowing for group, _ in cuts.values() if group.narrowing is not None))
+    for how in narrowed:
+        narrow_(model, how)
     for group, keep in cuts.values():
         narrow_stream_(model, group, len(keep))
     masks = tensor_masks(cuts)
@@ -205,7 +205,7 @@ def _recipe(
     rewritten: dict[str, dict[str, int]],
     added: list[str],
     cuts: Mapping[str, tuple[PrunableGroup, Tensor]],
-    narrowed: dict[str, Narrowing],
+    narrowed: list[Narrowing],
 ) -> Recipe:
     changed = [
         (path, name, list(value) if isinstance(value, (tuple, list)) else value)
@@ -219,7 +219,7 @@ def _recipe(
         headwise=[p for p, m in model.named_modules() if type(m) is HeadwiseAttention],
         rewritten=list(rewritten.items()),
         biases=added,
-        narrowed=list(narrowed.items()),
+        narrowed=narrowed,
         eps=[
             (norm.module, norm.eps, getattr(model.get_submodule(norm.module), norm.eps))
             for group, _ in cuts.values()

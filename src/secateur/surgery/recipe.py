@@ -27,7 +27,7 @@ class Recipe(BaseModel):
         rotated: kinds of groups that the model was prepared for by `rotate`.
         mixed: norms followed by a matrix since.
         uncentred: layer norms that no longer subtract the mean.
-        narrowed: attention modules with head sizes of their own, and how they were given them.
+        narrowed: how attention modules were given head sizes of their own.
         eps: [module, attribute, value] of norms whose stream became narrower.
     """
 
@@ -40,7 +40,7 @@ class Recipe(BaseModel):
     rotated: list[str] = Field(default_factory=list)
     mixed: list[str] = Field(default_factory=list)
     uncentred: list[str] = Field(default_factory=list)
-    narrowed: list[tuple[str, Narrowing]] = Field(default_factory=list)
+    narrowed: list[Narrowing] = Field(default_factory=list)
     eps: list[tuple[str, str, FiniteFloat]] = Field(default_factory=list)
 
     def then(self, after: Recipe) -> Recipe:
@@ -75,10 +75,10 @@ class Recipe(BaseModel):
                     raise ArtifactError(
                         f"'{path}' cannot be rewritten; was its library upgraded since the model was cut?"
                     )
-            for path, how in self.narrowed:
-                if not narrow_(model.get_submodule(path), how):
+            for how in self.narrowed:
+                if not narrow_(model, how):
                     raise ArtifactError(
-                        f"'{path}' cannot be narrowed; was its library upgraded since the model was cut?"
+                        f"'{how.module}' cannot be narrowed; was its library upgraded since the model was cut?"
                     )
             for path, attribute, value in self.attributes:
                 module = model.get_submodule(path)

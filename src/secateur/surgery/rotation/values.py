@@ -37,10 +37,15 @@ def rotate_values_(model: nn.Module, group: PrunableGroup, moment: Tensor) -> Re
     """
     size = group.size
     makers = [s for s in group.slots if s.role != "consumer"]
-    (reader, *more) = [s for s in group.slots if s.role == "consumer"]
-    heads, queries = len(moment) // size, int((reader.units >= 0).sum()) // size
-    if more or queries % heads or any(not torch.equal(s.units, s.units[:size].repeat(heads)) for s in makers):
+    readers = [s for s in group.slots if s.role == "consumer"]
+    heads, queries = len(moment) // size, sum(int((s.units >= 0).sum()) for s in readers) // size
+    if (
+        len(readers) != 1
+        or queries % heads
+        or any(not torch.equal(s.units, s.units[:size].repeat(heads)) for s in makers)
+    ):
         raise AnatomyError(f"the values of '{group.owner}' are not laid out head by head; they cannot be rotated")
+    reader = readers[0]
     out = get_tensor(model, reader.name)
     out_GHVD = out.double().cpu().movedim(reader.axis, 0).reshape(heads, queries // heads, size, -1)
     blocks_GVV = torch.stack([moment[g * size :][:size, g * size :][:, :size] for g in range(heads)]).double()
