@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from secateur.anatomy.dims import Dim, Form
+from secateur.anatomy.groups import NOT_YET
 from secateur.anatomy.trace import Trace
 from secateur.anatomy.types import AxisUse, CostTerm, Kind, PrunableGroup, Slot
 from secateur.anatomy.verify import TOLERANCE, compare, randomise_
@@ -53,7 +54,7 @@ def with_head_dims(
     where: dict[str, str] = {}
     sizes: dict[str, int] = {}
     for name, group in groups.items():
-        if group.kind not in (Kind.QK_DIM, Kind.VO_DIM):
+        if group.reason not in (NOT_YET[Kind.QK_DIM], NOT_YET[Kind.VO_DIM]):
             out[name] = group
             continue
         owners = _owners(trace, trace.space.find(leaves[name]), group.kind)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.anatomy.dims import Dim
+from secateur.anatomy.groups import NOT_YET
 from secateur.anatomy.trace import Trace
 from secateur.anatomy.types import Consumer, Kind, PrunableGroup
 from secateur.anatomy.verify import TOLERANCE, compare, randomise_
@@ -48,7 +49,7 @@ def with_streams(
     """
     out = {}
     for name, group in groups.items():
-        if group.kind is Kind.RESIDUAL:
+        if group.reason == NOT_YET[Kind.RESIDUAL]:
             leaf = trace.space.find(leaves[name])
             norms, why = _norms(group, leaf, trace, model)
             stream = Stream(norms, _scales(group, leaf, trace))
