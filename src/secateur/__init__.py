@@ -45,6 +45,7 @@ _WHERE = {
     "parameters": "measurement",
     "compress": "workflow",
     "Result": "workflow",
+    "Batches": "data",
     "batches": "data",
     "source_of": "models",
     "SecateurError": "errors",
@@ -78,7 +79,7 @@ if TYPE_CHECKING:
     from secateur.artifact import load, load_model, save
     from secateur.calibration import Statistics
     from secateur.criteria import GroupView, Scores, criterion, score
-    from secateur.data import batches
+    from secateur.data import Batches, batches
     from secateur.errors import SecateurError
     from secateur.evaluation import fidelity, knn, perplexity
     from secateur.measurement import latency, macs, parameters

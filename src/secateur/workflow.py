@@ -222,10 +222,13 @@ def _statistics(
     weighted = rule.weighting or ((curves or compensator.sequential) and "features") or None
     losses = tuple(dict.fromkeys([*rule.losses, *([weighted] if weighted else [])]))
     covariance = rule.covariance or compensator.data or curves
+    losses = tuple(dict.fromkeys([*losses, *rule.weights]))
     options = {
         "loss": losses,
         "weighting": weighted,
         "covariance": covariance,
+        "weights": rule.weights,
+        "projected": rule.projected,
         "batch_size": settings.batch_size,
         "dtype": settings.dtype,
         "seed": settings.seed,

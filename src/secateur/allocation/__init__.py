@@ -7,7 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from secateur.allocation import amp_bisect, curve, modegpt, rank, uniform  # noqa: F401  (they register themselves)
+from secateur.allocation import (  # noqa: F401  (they register themselves)
+    amp_bisect,
+    cfsp,
+    curve,
+    flap,
+    modegpt,
+    rank,
+    uniform,
+)
 from secateur.allocation.base import Allocator, Problem, allocator, allocators, best_units
 from secateur.anatomy.types import Anatomy
 from secateur.criteria.score import Scores
@@ -110,7 +118,7 @@ def _of_kinds(scores: Scores, anatomy: Anatomy, kinds: Iterable[str] | None) -> 
         chosen = {n: v for n, v in scores.values.items() if str(anatomy.groups[n].kind) in wanted}
     if not chosen:
         raise BudgetError("no group was scored: nothing can be cut; see `secateur inspect` for the reasons")
-    return Scores(chosen, scores.curves, scores.meta, anatomy)
+    return Scores(chosen, scores.curves, scores.meta, anatomy, scores.blocks)
 
 
 def _by_quality(plan_for: Callable[[float], Plan], quality_of: Callable[[Plan], float], threshold: float) -> Plan:

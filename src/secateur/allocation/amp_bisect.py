@@ -7,7 +7,7 @@ always accepted.
 
 The inputs of every block in the dense network are computed once and kept on disk, so that no block below the one
 searched is ever run again; of that block, what comes before the layer whose inputs are masked runs once a batch. Groups
-already settled are sliced, not masked. All this leaves every decision as it is.
+already settled are sliced, unless another group shares an axis with them. All this leaves every decision as it is.
 
 Options: tolerance (5e-3), steps (6). With a budget of parameters or multiply-accumulates the tolerance itself is
 bisected (`rounds`, 5) on the same cached inputs, and the plan settled between the last two tolerances.
@@ -76,6 +76,15 @@ def between(problem: Problem, wide: dict[str, int], narrow: dict[str, int]) -> d
     return dict(narrow)
 
 
+def _crossed(groups: list[PrunableGroup]) -> set[str]:
+    """Groups that share an axis of some weight with another: query heads within key/value groups."""
+    owners: dict[tuple[str, int], list[str]] = {}
+    for group in groups:
+        for slot in group.slots:
+            owners.setdefault((slot.name, slot.axis), []).append(group.name)
+    return {name for names in owners.values() if len(names) > 1 for name in names}
+
+
 @dataclass
 class Search:
     """AMP's search on one model and one set of images.
@@ -109,6 +118,7 @@ class Search:
         """One search at one tolerance."""
         working = copy.deepcopy(self.model)
         kept = {g.name: g.size for g in problem.groups}
+        crossed = _crossed(problem.groups)
         with explicit_attention(self.model), explicit_attention(working):
             entropy = self._dense_entropy()
             for group in track(list(reversed(problem.groups)), "Bisecting widths"):
@@ -128,7 +138,7 @@ class Search:
                 kept[group.name], entropy = allowed[high], accepted
                 if allowed[high] < group.size:
                     keep = torch.tensor(best_units(problem.scores.values[group.name], allowed[high]))
-                    cut_module_(working, group, keep)
+                    (mask_ if group.name in crossed else cut_module_)(working, group, keep)
         return kept
 
     @property

@@ -67,7 +67,7 @@ def with_head_dims(
         out |= {part.name: part for part in layers.values()}
         where |= {part.name: owner for owner, part in layers.items()}
         sizes |= dict.fromkeys((p.name for p in layers.values()), _head_size(trace, group, leaves[name]))
-    wanted = {n: g for n, g in out.items() if g.kind in (Kind.QK_DIM, Kind.VO_DIM) and str(g.kind) in proved}
+    wanted = {n: out[n] for n in where if str(out[n].kind) in proved}
     called = {g.owner for g in wanted.values()} | {where[n] for n in wanted}
     inputs = _inputs(model, called, run) if wanted else {}
     known: dict[tuple, str] = {}

@@ -18,6 +18,7 @@ from secateur.calibration.losses import Loss, LossInput, losses
 from secateur.calibration.moments import MomentWatch
 from secateur.calibration.statistics import LayerSums, Statistics, TaylorSums
 from secateur.calibration.stream import StreamSums, StreamWatch
+from secateur.calibration.weights import WeightSums, WeightWatch
 from secateur.data import batches
 from secateur.errors import AnatomyError, DataError
 from secateur.fingerprint import fingerprint
@@ -25,7 +26,7 @@ from secateur.models import Features, TextSpec, features, source_of
 from secateur.nn.attention import explicit_attention
 from secateur.progress import track
 
-__all__ = ["LayerSums", "Statistics", "StreamSums", "TaylorSums", "calibrate", "losses"]
+__all__ = ["LayerSums", "Statistics", "StreamSums", "TaylorSums", "WeightSums", "calibrate", "losses"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -39,6 +40,8 @@ def calibrate(
     weighting: str | None = "features",
     power: float = 0.5,
     covariance: bool = True,
+    weights: str | Sequence[str] = (),
+    projected: bool = False,
     batch_size: int | None = None,
     limit: int | None = None,
     dtype: str = "float32",
@@ -63,6 +66,9 @@ def calibrate(
             weights. Ignored unless it is among `loss`.
         power: how strongly; 0 is equal weights, 1 is the gradient energy itself.
         covariance: collect outer products (N x N per layer); without them only diagonal criteria can be used.
+        weights: losses, among `loss`, for which weight x gradient is summed too (LLM-Pruner, SDMPrune); as dear as the
+            weights' part of a training step.
+        projected: collect what every head adds to its layer's output (AMP for language models).
         batch_size: images (16) or windows of text (4) per batch; losses that compare images within a batch need at
             least two.
         limit: use only so many images or windows.
@@ -77,6 +83,9 @@ def calibrate(
         AnatomyError: the model gives NaN, or has no group that could be observed.
     """
     names = (loss,) if isinstance(loss, str) else tuple(loss)
+    weighed = (weights,) if isinstance(weights, str) else tuple(weights)
+    if missing := sorted(set(weighed) - set(names)):
+        raise DataError(f"weights= names loss '{missing[0]}', which is not run; give it in loss= too")
     chosen = {name: losses.get(name) for name in names}
     weighting = weighting if weighting in chosen else None
     spec = source_of(model).input
@@ -99,16 +108,19 @@ def calibrate(
         power=power,
         losses=names,
         again=first if checkpointing else None,
+        projected=projected,
     )
     if not collector.watches:
         raise AnatomyError("the model has no group whose units can be observed; see `secateur inspect` for the reasons")
     device = next(model.parameters()).device
     watch, kept = StreamWatch(model, anatomy.blocks), MomentWatch(model, anatomy, moments)
+    weight_watch = WeightWatch(model, anatomy, weighed, lambda: collector.phase)
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
         stack.enter_context(_graph_from_embeddings(model))
         stack.enter_context(explicit_attention(model))
         stack.enter_context(collector.watching())
+        stack.enter_context(weight_watch.watching())
         if checkpointing:
             stack.enter_context(checkpointed(model, anatomy.blocks))
         for i, (images, labels) in enumerate(track(reader.labelled(), "Calibrating", len(reader))):
@@ -116,6 +128,7 @@ def calibrate(
             with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
                 _one_batch(model, anatomy, collector, (watch, kept), chosen, images.to(device), labels, step_seed)
     statistics = collector.statistics
+    statistics.weights, statistics.joint = weight_watch.sums, weight_watch.joint
     statistics.stream = watch.sums if anatomy.blocks else None
     statistics.moments = kept.sums
     statistics.skipped = dict(reader.skipped)

@@ -76,6 +76,7 @@ class Collector:
         weighting: the loss whose gradient weighs the tokens; None for equal weights.
         power: exponent of the gradient energy in a token's weight.
         losses: names of the losses that will be run backward, in order.
+        projected: also collect what each unit of several features adds to the layer's output.
         again: the loss in whose backward pass checkpointed blocks run again; moments are then taken there.
     """
 
@@ -89,9 +90,10 @@ class Collector:
         power: float,
         losses: tuple[str, ...] = (),
         again: str | None = None,
+        projected: bool = False,
     ) -> None:
         self.model, self.covariance, self.weighting, self.power = model, covariance, weighting, power
-        self.again = again
+        self.again, self.projected = again, projected
         self.statistics = Statistics(taylor={name: {} for name in losses})
         self.phase = "forward"
         self.images = 1
@@ -156,10 +158,25 @@ class Collector:
             sums.add("absolute", h_BPN.abs().sum((0, 1)))
             if self.weighting is None:
                 self._weighted(sums, h_BPN, torch.ones(h_BPN.shape[1]))
+            if self.projected:
+                self._project(path, watch, h_BPN)
         if graph:
             x.register_hook(lambda g: self._taylor(path, watch, h_BPN, g))
             if self.weighting is not None:
                 out.register_hook(lambda g: self._energy(watch, sums, h_BPN, g))
+
+    def _project(self, path: str, watch: _Watch, h_BPN: Tensor) -> None:
+        """Sum over tokens of || sum over a unit's features of h_n W_n ||_1, for units of several features."""
+        weight = get_tensor(self.model, watch.consumer.weight).detach().float()
+        weight_ND = weight.movedim(watch.consumer.axis, 0).flatten(1)
+        for group, units in watch.groups:
+            counts = torch.bincount(units[units >= 0], minlength=group.size)
+            if int(counts.max()) < 2 or weight_ND.shape[0] != len(units):
+                continue
+            held = self.statistics.projected.setdefault(f"{group.name}@{path}", torch.zeros(group.size))
+            for unit in range(group.size):
+                own = units == unit
+                held[unit] += float((h_BPN[..., own] @ weight_ND[own]).abs().sum())
 
     def _weighted(self, sums: LayerSums, h_BPN: Tensor, weights_P: Tensor) -> None:
         weighted = h_BPN * weights_P.to(h_BPN.device)[None, :, None]

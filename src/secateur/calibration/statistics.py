@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from secateur.anatomy.types import Anatomy
 from secateur.calibration.stream import StreamSums
+from secateur.calibration.weights import WeightSums
 from secateur.errors import DataError
 from secateur.tensorfile import read_tensors, write_tensors
 
@@ -97,6 +98,13 @@ class LayerSums:
         """Mean share of the residual stream that the layer writes; 1 where it writes into none."""
         return float(self.share / self.count) if float(self.share) > 0 else 1.0
 
+    @property
+    def sensitivity(self) -> float | None:
+        """Mean over tokens of the squared gradient norm at the layer's output; None if not collected."""
+        if self.energy.numel() == 0 or not torch.isfinite(self.energy).all() or float(self.energy.sum()) <= 0:
+            return None
+        return float(self.energy.sum() / self.count)
+
     def position_weights(self, power: float = 0.5) -> Tensor | None:
         """[P], how much an error at each position matters to the model's features, with mean 1; None if unknown."""
         return position_weights(self.energy, power)
@@ -137,6 +145,10 @@ class Statistics:
     Attributes:
         layers: by dotted path of the consumer layer.
         taylor: by loss, then by "<group>@<layer>".
+        weights: by loss, then by "<group>@<weight>": weight x gradient sums, where they were asked for.
+        joint: by loss, then by group: [U], the same added over a group's weights element by element (SDMPrune).
+        projected: by "<group>@<layer>": [U], sum over tokens of the L1 norm of what a unit of several features (a head)
+            adds to the layer's output; where it was asked for.
         stream: how much the residual stream turns from block to block; None if the model has no repeated blocks.
         moments: second moments by group name, for `secateur.rotate`; empty unless asked for.
         images: number of images (or windows of text) seen.
@@ -147,6 +159,9 @@ class Statistics:
 
     layers: dict[str, LayerSums] = field(default_factory=dict)
     taylor: dict[str, dict[str, TaylorSums]] = field(default_factory=dict)
+    weights: dict[str, dict[str, WeightSums]] = field(default_factory=dict)
+    joint: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    projected: dict[str, Tensor] = field(default_factory=dict)
     stream: StreamSums | None = None
     moments: dict[str, Tensor] = field(default_factory=dict)
     images: int = 0
@@ -165,10 +180,12 @@ class Statistics:
         for path, layer in self.layers.items():
             for f in fields(layer):
                 out[f"layer|{path}|{f.name}"] = getattr(layer, f.name)
-        for loss, groups in self.taylor.items():
-            for name, sums in groups.items():
-                for f in fields(sums):
-                    out[f"taylor|{loss}|{name}|{f.name}"] = getattr(sums, f.name)
+        for kind, held in (("taylor", self.taylor), ("weights", self.weights)):
+            for loss, groups in held.items():
+                for name, sums in groups.items():
+                    out |= {f"{kind}|{loss}|{name}|{f.name}": getattr(sums, f.name) for f in fields(sums)}
+        out |= {f"joint|{loss}|{name}": t for loss, groups in self.joint.items() for name, t in groups.items()}
+        out |= {f"projected|{name}": t for name, t in self.projected.items()}
         if self.stream is not None:
             out |= {f"stream|{f.name}": getattr(self.stream, f.name) for f in fields(self.stream)}
         out |= {f"moment|{name}": value for name, value in self.moments.items()}
@@ -202,6 +219,7 @@ class Statistics:
         out = cls(images=header["images"], skipped=header["skipped"], meta=header["meta"])
         layers: dict[str, dict[str, Tensor]] = {}
         taylor: dict[str, dict[str, dict[str, Tensor]]] = {}
+        weights: dict[str, dict[str, dict[str, Tensor]]] = {}
         stream: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             kind, *rest = name.split("|")
@@ -211,9 +229,15 @@ class Statistics:
                 stream[rest[0]] = tensor
             elif kind == "moment":
                 out.moments[rest[0]] = tensor
+            elif kind == "projected":
+                out.projected[rest[0]] = tensor
+            elif kind == "joint":
+                out.joint.setdefault(rest[0], {})[rest[1]] = tensor
             else:
-                taylor.setdefault(rest[0], {}).setdefault(rest[1], {})[rest[2]] = tensor
+                held = {"taylor": taylor, "weights": weights}[kind]
+                held.setdefault(rest[0], {}).setdefault(rest[1], {})[rest[2]] = tensor
         out.layers = {k: LayerSums(**v) for k, v in layers.items()}
         out.taylor = {k: {g: TaylorSums(**t) for g, t in v.items()} for k, v in taylor.items()}
+        out.weights = {k: {g: WeightSums(**t) for g, t in v.items()} for k, v in weights.items()}
         out.stream = StreamSums(**stream) if stream else None
         return out

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.anatomy.types import Consumer, PrunableGroup
 from secateur.calibration.statistics import LayerSums, Statistics, TaylorSums
+from secateur.calibration.weights import WeightSums
 from secateur.errors import DataError
 from secateur.nn.params import get_tensor
 from secateur.registry import Registry
@@ -69,6 +70,12 @@ class GroupView:
             raise DataError(f"group '{self.group.name}' has no producer weights to score")
         return torch.cat(rows, dim=1)
 
+    def producers(self) -> Iterator[Tensor]:
+        """[U, R] of every producer's weight by itself, biases left out."""
+        for slot in self.group.slots:
+            if slot.role == "producer":
+                yield self._rows(slot.name, slot.axis, slot.units)
+
     def consumer_rows(self) -> Tensor:
         """[U, R]: everything that reads a unit, flattened."""
         rows = [self._rows(s.name, s.axis, s.units) for s in self.group.slots if s.role == "consumer"]
@@ -110,6 +117,22 @@ class GroupView:
                 getattr(total, name).add_(getattr(sums, name))
         return total
 
+    def weight_sums(self, loss: str) -> dict[str, WeightSums]:
+        """Weight x gradient sums of one loss, by the role and the name of the group's weights, producers first.
+
+        Raises:
+            DataError: the statistics were gathered without them.
+        """
+        held = {} if self.statistics is None else self.statistics.weights.get(loss, {})
+        slots = sorted((s for s in self.group.slots if s.role != "other"), key=lambda s: s.role == "consumer")
+        found = {f"{s.role} {s.name}": held[key] for s in slots if (key := f"{self.group.name}@{s.name}") in held}
+        if not found:
+            raise DataError(
+                f"these statistics hold no weight x gradient sums of loss '{loss}' for '{self.group.name}'; calibrate "
+                f"with loss='{loss}', weights='{loss}' (linear layers only)"
+            )
+        return found
+
     def option(self, name: str, default: float | str) -> float | str:
         return self.options.get(name, default)
 
@@ -123,6 +146,8 @@ class Criterion:
         data: it needs statistics at all.
         covariance: it needs outer products.
         losses: it needs the gradients of these losses.
+        weights: it needs weight x gradient sums of these losses.
+        projected: it needs what every head adds to its layer's output.
         moments: it scores query/key dimensions as well, which no layer reads.
         weighting: its covariances are better weighted by how much a token matters.
         options: names of the options it reads.
@@ -134,6 +159,8 @@ class Criterion:
     losses: tuple[str, ...] = ()
     weighting: str | None = None
     options: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    projected: bool = False
     moments: bool = False
 
 
@@ -149,11 +176,14 @@ def criterion(
     weighting: str | None = None,
     options: tuple[str, ...] = (),
     moments: bool = False,
+    weights: tuple[str, ...] = (),
+    projected: bool = False,
 ) -> Callable[[Callable[[GroupView], Tensor]], Callable[[GroupView], Tensor]]:
     """Decorator: register a function from `GroupView` to [U] scores as a criterion."""
 
     def add(function: Callable[[GroupView], Tensor]) -> Callable[[GroupView], Tensor]:
-        criteria.register(name)(Criterion(function, data, covariance, losses, weighting, options, moments))
+        rule = Criterion(function, data, covariance, losses, weighting, options, weights, projected, moments)
+        criteria.register(name)(rule)
         return function
 
     return add

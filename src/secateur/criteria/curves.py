@@ -16,14 +16,19 @@ from torch import Tensor
 
 from secateur.criteria.base import GroupView
 from secateur.linalg import damped_cholesky
+from secateur.models import TextSpec, source_of
 
 
 def error_curve(view: GroupView, scores: Tensor, damping: float = 1e-4) -> Tensor | None:
     """[U + 1]: predicted error when the best 0, 1, ..., U units stay; None without covariances.
 
     The error of the consumer's output is taken relative to the variance of that output, times the share of the
-    residual stream that the consumer writes: it is the error relative to the stream, as the next norm will see it.
+    residual stream that the consumer writes: it is the error relative to the stream, as the next norm will see it. A
+    language model's stream is dominated by a few tokens and directions that say little about the error of its
+    prediction; there the error is scaled with the Fisher information at the consumer's output instead, where it was
+    collected: that is the expected rise of the loss, up to a factor.
     """
+    language = isinstance(source_of(view.model).input, TextSpec)
     total: Tensor | None = None
     for reading in view.readings():
         if reading.sums is None or reading.sums.outer.numel() == 0:
@@ -33,7 +38,8 @@ def error_curve(view: GroupView, scores: Tensor, damping: float = 1e-4) -> Tenso
         weight = reading.weight.double()
         variance = (weight * (covariance @ weight)).sum().clamp_min(1e-30)
         curve = _curve(covariance[own][:, own], weight[own], reading.units[own], scores, damping)
-        curve = curve / variance * reading.sums.stream_share
+        sensitivity = reading.sums.sensitivity if language else None
+        curve = curve * (reading.sums.stream_share / variance if sensitivity is None else sensitivity)
         total = curve if total is None else total + curve
     return total
 

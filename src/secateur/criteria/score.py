@@ -30,17 +30,20 @@ class Scores:
             refit; only where covariances and gradients were collected.
         meta: criterion, options and fingerprint of the model.
         anatomy: of the model (not saved).
+        blocks: [L], by how much of an angle (in units of pi) each block turns the stream; empty if not collected.
     """
 
     values: dict[str, Tensor]
     curves: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     anatomy: Anatomy | None = field(default=None, repr=False)
+    blocks: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
     def save(self, path: str | Path) -> None:
         """Write safetensors; atomic."""
         tensors = {f"value|{k}": v for k, v in self.values.items()}
         tensors |= {f"curve|{k}": v for k, v in self.curves.items()}
+        tensors |= {"blocks": self.blocks} if self.blocks.numel() else {}
         write_tensors(path, "scores", self.meta, tensors)
 
     @classmethod
@@ -55,10 +58,11 @@ class Scores:
     @classmethod
     def _of(cls, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Scores:
         parts: dict[str, dict[str, Tensor]] = {"value": {}, "curve": {}}
+        blocks = tensors.pop("blocks", torch.empty(0))
         for name, tensor in tensors.items():
             kind, _, group = name.partition("|")
             parts[kind][group] = tensor
-        return cls(parts["value"], parts["curve"], meta)
+        return cls(parts["value"], parts["curve"], meta, blocks=blocks)
 
 
 def score(
@@ -98,8 +102,9 @@ def score(
     if statistics is not None and statistics.meta.get("fingerprint", mark) != mark:
         raise DataError("these statistics belong to another model, or to other weights; calibrate this one")
     out = Scores({}, meta={"criterion": criterion, "options": options, "fingerprint": mark}, anatomy=anatomy)
-    if statistics is not None and statistics.stream is not None:
+    if statistics is not None and statistics.stream is not None and float(statistics.stream.count) > 0:
         out.meta["influence"] = dict(zip(anatomy.blocks, statistics.stream.influence().tolist(), strict=True))
+        out.blocks = statistics.stream.influence(angular=True)
     wanted = set(anatomy.cuttable if groups is None else groups)
     todo = [g for n, g in anatomy.cuttable.items() if n in wanted]
     for group in track(todo, f"Scoring ({criterion})"):

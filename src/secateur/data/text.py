@@ -45,8 +45,8 @@ def windows(data: Any, spec: TextSpec, length: int = 256, stride: int | None = N
 
     Args:
         data: a text file (.txt, .md), a .jsonl file with a field "text", a folder of such files, a list of files or of
-            strings, a Hugging Face dataset with a column of text, token ids [N, T], or anything that yields texts,
-            token ids, or dicts with "text" or "input_ids".
+            strings, a Hugging Face dataset with a column of text, anything that yields texts, token ids [T], or dicts
+            with "text" or "input_ids"; or a tensor of token ids [N, T], whose rows are taken as they are.
         spec: of the model; token ids need no tokenizer.
         broken: largest share of unreadable lines or records to put up with.
 
@@ -54,6 +54,8 @@ def windows(data: Any, spec: TextSpec, length: int = 256, stride: int | None = N
         DataError: there is no text, too little or too much is broken, or tokens do not fit the model.
         SourceError: the tokenizer cannot be opened.
     """
+    if isinstance(data, Tensor) and data.dim() == 2 and data.numel():
+        length = stride = data.shape[1]
     stride = length if stride is None else stride
     if length < 2 or stride < 1:
         raise DataError(f"a window has at least 2 tokens and a stride of at least 1, found {length} and {stride}")
