@@ -161,9 +161,11 @@ def test_refits_make_up_for_one_rotation_in_all_layers():
     plan = sc.allocate(sc.score(stats, "order"), 0.8, "uniform", kinds=["residual"], align=2)
     errors = {
         how: distance(outputs(sc.prune(turned, plan, compensate=how, stats=stats), x), outputs(model, x))
-        for how in ("none", "ridge")
+        for how in ("none", "ridge", "affine")
     }
-    assert errors["ridge"] < errors["none"]
+    assert max(errors["ridge"], errors["affine"]) < errors["none"]
+    front_to_back = sc.prune(turned, plan, compensate="sequential", stats=stats, data=x, **options(x))
+    assert distance(outputs(front_to_back, x), outputs(model, x)) < errors["affine"]
 
 
 def test_principal_axes_keep_the_most():
@@ -300,3 +302,27 @@ def test_sparsities_are_capped_and_shared_out():
     free = sparsities(weights, 0.01, 0.8)
     torch.testing.assert_close(free, 4 * 0.01 * weights)
     assert sparsities(weights, 1.0, 0.5).tolist() == [0.5] * 4
+
+
+def test_the_command_line(secateur, language, text_file, tmp_path):
+    stats, turned, again, plan, small = (
+        tmp_path / n for n in ("s.safetensors", "turned", "t.safetensors", "p.json", "small")
+    )
+    text = ("--text", text_file, "--window", 16, "--limit", 12, "--loss", "none")
+
+    def run(*arguments):
+        done = secateur(*arguments)
+        assert done.status == 0, done.err
+        return done.out
+
+    run("calibrate", language, *text, "--moments", "residual,vo_dim", "--out", stats)
+    out = run("rotate", language, "--statistics", stats, "--kinds", "residual,vo_dim,qk_dim", "--out", turned)
+    assert "no parameters added" in out  # its norms have no weights but ones
+    run("calibrate", turned, *text, "--out", again)
+    chosen = ("--criterion", "modegpt", "--allocator", "modegpt", "--align", 1, "--keep-params", 0.8)
+    run("plan", turned, "--statistics", again, *chosen, "--kinds", "residual,vo_dim,qk_dim,hidden", "--out", plan)
+    run("prune", turned, "--plan", plan, "--statistics", again, "--compensate", "ridge", "--out", small)
+    ids = torch.randint(3, 96, (2, 12))
+    assert torch.isfinite(outputs(sc.load(small), ids)).all()
+    with pytest.raises(AssertionError, match="cannot be rotated; use"):
+        run("rotate", language, "--statistics", stats, "--kinds", "heads", "--out", turned)
