@@ -2,8 +2,8 @@
 
     python benchmarks/decompose.py --data DATA
 
-DATA holds text/wikitext2-{valid,test}.txt: the former to calibrate on, the latter to measure. Every row has a fifth fewer
-parameters than the dense model, the matrix between its last norm and its tied head counted.
+DATA holds text/wikitext2-{valid,test}.txt: the former to calibrate on, the latter to measure. Every row has a fifth
+fewer parameters than the dense model, the matrix between its last norm and its tied head counted.
 """
 
 from __future__ import annotations
