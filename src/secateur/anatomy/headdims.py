@@ -8,26 +8,22 @@ each layer. Neither can be cut while one `head_dim` counts both; `secateur.nn.na
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from secateur.anatomy.dims import Dim, Form
 from secateur.anatomy.groups import NOT_YET
+from secateur.anatomy.headproof import first_units, inputs_of, narrowed, prove_heads
 from secateur.anatomy.trace import Trace
 from secateur.anatomy.types import AxisUse, CostTerm, Kind, PrunableGroup, Slot
-from secateur.anatomy.verify import TOLERANCE, compare, randomise_
-from secateur.errors import reason
-from secateur.nn.masking import silence_
-from secateur.nn.narrow import INDEX, QK, VO, Narrowing, narrow_
-from secateur.nn.slicing import AttrEdit, finish_, keep_mask, slice_tensors_
-from secateur.nn.trees import tensors_in
+from secateur.nn.narrow import QK, VO, Narrowing
 
+FUSED = "queries, keys and values do not come from projections of their own with heads of one size"
 NOT_READY = "{} dimensions of heads are cut in a model prepared by secateur.rotate; whole heads are cut instead"
 
 
@@ -49,42 +45,55 @@ def with_head_dims(
     Returns:
         The groups, and for each name that was taken apart the new names by layer.
     """
+    out, parts, places = _apart(groups, leaves, trace)
+    wanted = {n: out[n] for n in places if str(out[n].kind) in proved}
+    inputs = inputs_of(model, {path for n in wanted for path in (out[n].owner, places[n][0])}, run) if wanted else {}
+    known: dict[tuple, str] = {}
+    for name, group in wanted.items():
+        path, size = places[name]
+        how = _narrowing(path, size, [out[n] for n in places if places[n][0] == path], inputs.get(path))
+        if how is None:
+            out[name] = replace(group, reason=FUSED)
+            continue
+        owner = model.get_submodule(group.owner)
+        shapes = tuple((n, tuple(p.shape)) for n, p in owner.named_parameters())
+        key = (group.kind, group.size, type(owner), path.removeprefix(group.owner), shapes)
+        if key not in known:
+            known[key] = prove_heads(narrowed(group, how), owner, inputs.get(group.owner))
+        out[name] = replace(group, reason=known[key]) if known[key] else narrowed(group, how)
+    return out, parts
+
+
+def _apart(
+    groups: dict[str, PrunableGroup], leaves: dict[str, Dim], trace: Trace
+) -> tuple[dict[str, PrunableGroup], dict[str, dict[str, str]], dict[str, tuple[str, int]]]:
+    """All groups, those of head dimensions one a layer.
+
+    Returns:
+        The groups; for each name that was taken apart, the new names by layer; and for each group of head dimensions
+        the path of its attention and the size of a head.
+    """
     out: dict[str, PrunableGroup] = {}
     parts: dict[str, dict[str, str]] = {}
-    where: dict[str, str] = {}
-    sizes: dict[str, int] = {}
+    places: dict[str, tuple[str, int]] = {}
+    waiting: dict[str, PrunableGroup] = {}
     for name, group in groups.items():
-        if group.reason not in (NOT_YET[Kind.QK_DIM], NOT_YET[Kind.VO_DIM]):
-            out[name] = group
-            continue
-        owners = _owners(trace, trace.space.find(leaves[name]), group.kind)
-        layers = _by_layer(group, owners)
+        found = group.reason in (NOT_YET[Kind.QK_DIM], NOT_YET[Kind.VO_DIM])
+        layers = _by_layer(group, _owners(trace, trace.space.find(leaves[name]), group.kind)) if found else {}
         if not layers:
             out[name] = group
             continue
         if [part.name for part in layers.values()] != [name]:
             parts[name] = {owner: part.name for owner, part in layers.items()}
-        out |= {part.name: part for part in layers.values()}
-        where |= {part.name: owner for owner, part in layers.items()}
-        sizes |= dict.fromkeys((p.name for p in layers.values()), _head_size(trace, group, leaves[name]))
-    wanted = {n: out[n] for n in where if str(out[n].kind) in proved}
-    called = {g.owner for g in wanted.values()} | {where[n] for n in wanted}
-    inputs = _inputs(model, called, run) if wanted else {}
-    known: dict[tuple, str] = {}
-    for name, group in wanted.items():
-        path, owner = where[name], model.get_submodule(group.owner)
-        shapes = tuple((n, tuple(p.shape)) for n, p in owner.named_parameters())
-        key = (group.kind, group.size, type(owner), path.removeprefix(group.owner), shapes)
-        together = [out[n] for n in where if where[n] == path]
-        how = _narrowing(path, sizes[name], together, inputs.get(path))
-        if how is None:
-            why = "queries, keys and values do not come from projections of their own with heads of one size"
+        size = _head_size(trace, group, leaves[name])
+        places |= {part.name: (owner, size) for owner, part in layers.items()}
+        if len(layers) > 1:
+            waiting |= layers  # each goes where its layer's values are
         else:
-            if key not in known:
-                known[key] = _prove(_narrowed(group, how), owner, inputs.get(group.owner))
-            why = known[key]
-        out[name] = _narrowed(group, how) if how is not None and not why else replace(group, reason=why)
-    return out, parts
+            out |= {part.name: part for owner in layers if (part := waiting.pop(owner, None))}
+            out |= {part.name: part for part in layers.values()}
+    out |= {part.name: part for part in waiting.values()}
+    return out, parts, places
 
 
 def renamed(terms: tuple[CostTerm, ...], places: list[str], parts: dict[str, dict[str, str]]) -> tuple[CostTerm, ...]:
@@ -155,62 +164,6 @@ def _is_layer(group: PrunableGroup, slot: Slot) -> bool:
     return slot.name.rpartition(".")[0] in layers
 
 
-@torch.no_grad()
-def silence_heads_(root: nn.Module, group: PrunableGroup, keep: Tensor) -> None:
-    """Zero, in place, what makes and reads the dimensions that go."""
-    for slot in group.slots:
-        if not slot.name.endswith(INDEX):
-            silence_(root, slot.name, slot.axis, ~keep_mask(slot.units, keep, group.size))
-
-
-def _narrowed(group: PrunableGroup, how: Narrowing) -> PrunableGroup:
-    """The group with what it takes to cut it."""
-    size = QK if group.kind is Kind.QK_DIM else VO
-    slots = list(group.slots)
-    if group.kind is Kind.QK_DIM and how.tables:
-        slots.append(Slot(f"{how.module}.{INDEX}", 0, _units(group)[: how.size], "other"))
-    edit = AttrEdit(how.module, size, how.size // group.size)
-    return replace(group, slots=tuple(slots), edits=(edit,), narrowing=how, reason="")
-
-
-def _units(group: PrunableGroup) -> Tensor:
-    """[n]: the units of the first projection, in the order of its features."""
-    units = next(s.units for s in group.slots if s.role == "producer")
-    return units[units >= 0]
-
-
-def _prove(group: PrunableGroup, owner: nn.Module, inputs: tuple | None) -> str:
-    """Empty if a randomised copy of the owner gives, cut, what it gives masked; else what went wrong."""
-    if inputs is None or group.narrowing is None:
-        return "its module was never called"
-    keep = torch.randperm(group.size, generator=torch.Generator().manual_seed(0))
-    keep = keep[: max(1, group.size * 2 // 3)].sort().values
-    local = _local(group)
-    try:
-        base = copy.deepcopy(owner)
-        randomise_(base)
-        masked = copy.deepcopy(base)
-        silence_heads_(masked, local, keep)
-        reference = _call(masked, inputs)
-        if local.narrowing is None or not narrow_(base, local.narrowing):
-            return f"the code of {type(owner).__name__} has no place for heads of another size"
-        slice_heads_(base, local, keep)
-        out = _call(base, inputs)
-    except Exception as e:  # the module's own code refusing the size is an answer, not a crash
-        return f"{type(owner).__name__} cannot run with smaller heads: {reason(e)}"
-    failure = compare(reference, out, TOLERANCE[torch.float32])
-    return failure and f"smaller heads change {type(owner).__name__}: {failure}"
-
-
-def slice_heads_(root: nn.Module, group: PrunableGroup, keep: Tensor) -> None:
-    """Cut the head dimensions of one narrowed layer, in place."""
-    masks: dict[str, dict[int, Tensor]] = {}
-    for slot in group.slots:
-        masks.setdefault(slot.name, {})[slot.axis] = keep_mask(slot.units, keep, group.size)
-    slice_tensors_(root, masks)
-    finish_(root, masks, [(edit, group.size - len(keep)) for edit in group.edits])
-
-
 def _narrowing(path: str, size: int, groups: list[PrunableGroup], inputs: tuple | None) -> Narrowing | None:
     """From which children queries, keys and values come, and which arguments are rotary tables.
 
@@ -222,7 +175,7 @@ def _narrowing(path: str, size: int, groups: list[PrunableGroup], inputs: tuple 
     """
     projections: list[tuple[str, str]] = []
     for group in groups:
-        units = _units(group)
+        units = first_units(group)
         if not size or len(units) % size or not torch.equal(units, units[:size].repeat(len(units) // size)):
             return None
         for slot in group.slots:
@@ -241,43 +194,3 @@ def _narrowing(path: str, size: int, groups: list[PrunableGroup], inputs: tuple 
         and any(isinstance(t, Tensor) and t.shape[-1:] == (size,) for t in tree_leaves(value))
     )
     return Narrowing(path, tuple(projections), size, tables)
-
-
-def _inputs(model: nn.Module, owners: set[str], run: Callable[[nn.Module], Any]) -> dict[str, tuple]:
-    """The arguments with which modules are called."""
-    found: dict[str, tuple] = {}
-    handles = []
-    for path in owners:
-
-        def before(_module, args, kwargs, path=path):
-            found.setdefault(path, tree_map(_detached, (args, dict(kwargs))))
-
-        handles.append(model.get_submodule(path).register_forward_pre_hook(before, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _detached(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _call(module: nn.Module, inputs: tuple) -> list[Tensor]:
-    args, kwargs = copy.deepcopy(inputs)
-    with torch.no_grad():
-        out = module(*args, **kwargs)
-    return [t.float() for t in list(tensors_in(out))[:1]]  # what else attention returns are its weights
-
-
-def _local(group: PrunableGroup) -> PrunableGroup:
-    prefix = len(group.owner) + 1
-    return replace(
-        group,
-        slots=tuple(replace(s, name=s.name[prefix:]) for s in group.slots),
-        edits=tuple(replace(e, module=e.module[prefix:]) for e in group.edits),
-        narrowing=group.narrowing and replace(group.narrowing, module=group.narrowing.module[prefix:]),
-    )

@@ -137,18 +137,23 @@ def _prove(group: PrunableGroup, model: nn.Module, run: Callable[[nn.Module], An
     keep = torch.randperm(group.size, generator=torch.Generator().manual_seed(0))
     keep = keep[: max(2, group.size * 2 // 3 // 2 * 2)].sort().values
     try:
-        base = copy.deepcopy(model)
-        randomise_(base)
-        masked = copy.deepcopy(base)
-        silence_stream_(masked, group, keep)
-        reference = _outputs(masked, run)
-        del masked
-        slice_stream_(base, group, keep)
-        out = _outputs(base, run)
+        trial = _randomised(model)
+        silence_stream_(trial, group, keep)
+        reference = _outputs(trial, run)
+        del trial  # one copy of the whole model at a time
+        trial = _randomised(model)
+        slice_stream_(trial, group, keep)
+        out = _outputs(trial, run)
     except Exception as e:  # the model's own code refusing the width is an answer, not a crash
         return f"the model cannot run with a narrower residual stream: {reason(e)}"
     failure = compare(reference, out, TOLERANCE[torch.float32])
     return failure and f"a narrower residual stream changes the model: {failure}"
+
+
+def _randomised(model: nn.Module) -> nn.Module:
+    out = copy.deepcopy(model)
+    randomise_(out)
+    return out
 
 
 def slice_stream_(root: nn.Module, group: PrunableGroup, keep: Tensor) -> None:

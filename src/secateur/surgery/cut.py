@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.anatomy.headdims import silence_heads_
+from secateur.anatomy.headproof import silence_heads_
 from secateur.anatomy.residual import narrow_stream_, silence_stream_
 from secateur.anatomy.types import Anatomy, Consumer, Kind, PrunableGroup
 from secateur.calibration.statistics import Statistics
