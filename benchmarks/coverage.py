@@ -1,4 +1,4 @@
-"""Coverage: which model families of timm, transformers and open_clip can be cut, and is the cut exact?
+"""Coverage: which model families of timm, transformers (vision, text) and open_clip can be cut, and is the cut exact?
 
 Every model is built small, randomised, inspected, cut in all groups at once to about 2/3 of their units, and the
 sliced model is compared with the masked one. Writes docs/coverage.md.
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from coverage_zoo.table import PACKAGES, summary, write_page
 from coverage_zoo.worker import Worker, library, run_case
 
-LIBRARIES = ("timm", "hf", "open_clip")
+LIBRARIES = ("timm", "hf", "open_clip", "text")
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 
 
@@ -92,7 +92,8 @@ def _cases(name: str) -> list[dict[str, Any]]:
     from secateur._compat import ensure_torchvision
 
     package = PACKAGES[name]
-    file = RESULTS.parent / f"cases-{package}-{version(package)}.json"
+    part = "-text" if name == "text" else ""
+    file = RESULTS.parent / f"cases-{package}{part}-{version(package)}.json"
     cases = _load(file)
     if not cases:
         ensure_torchvision()

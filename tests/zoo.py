@@ -363,8 +363,14 @@ CUTTABLE: dict[str, tuple[Callable[[], tuple[nn.Module, torch.Tensor]], dict[str
     "fused qkv, by input width": (lambda: on_tokens(lambda: Attention(fused=True, by_width=True)), {"heads": 2}),
     "separate q, k, v": (lambda: on_tokens(Attention), {"heads": 2}),
     "norms on queries and keys": (lambda: on_tokens(lambda: Attention(norms=True)), {"heads": 2}),
-    "grouped key/value heads, repeated": (lambda: on_tokens(lambda: Attention(kv=2)), {"kv_groups": 2}),
-    "grouped key/value heads, expanded": (lambda: on_tokens(lambda: Attention(kv=2, expand=True)), {"kv_groups": 2}),
+    "grouped key/value heads, repeated": (
+        lambda: on_tokens(lambda: Attention(kv=2)),
+        {"kv_groups": 2, "heads": 2},
+    ),
+    "grouped key/value heads, expanded": (
+        lambda: on_tokens(lambda: Attention(kv=2, expand=True)),
+        {"kv_groups": 2, "heads": 2},
+    ),
     "batch times heads": (lambda: on_tokens(Flat), {"heads": 2}),
     "position biases of a module that is asked": (lambda: on_tokens(Asked), {"heads": 2}),
     "weights that nobody reads, a cache": (lambda: on_tokens(Telling), {"heads": 2}),

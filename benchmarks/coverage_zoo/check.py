@@ -27,7 +27,7 @@ def two_thirds(anatomy: Anatomy) -> Plan:
     groups = {}
     for i, (name, group) in enumerate(anatomy.cuttable.items()):
         order = torch.randperm(group.size, generator=torch.Generator().manual_seed(i)).tolist()
-        keep = sorted(order[: max(1, -(-2 * group.size // 3))])
+        keep = sorted(order[: group.at_most(-(-2 * group.size // 3))])
         groups[name] = Kept(kind=str(group.kind), size=group.size, keep=tuple(keep))
     return Plan(groups=groups)
 

@@ -12,18 +12,18 @@ from coverage_zoo.check import TOLERANCE
 from coverage_zoo.hf_special import LEFT_OUT
 
 Row = dict[str, Any]
-PACKAGES = {"timm": "timm", "hf": "transformers", "open_clip": "open_clip_torch"}
-NAMES = {"timm": "timm", "hf": "transformers", "open_clip": "open_clip"}
-CUT = ("hidden", "channels", "heads", "kv_groups")
+PACKAGES = {"timm": "timm", "hf": "transformers", "open_clip": "open_clip_torch", "text": "transformers"}
+NAMES = {"timm": "timm", "hf": "transformers", "open_clip": "open_clip", "text": "transformers, language models"}
+CUT = ("hidden", "channels", "heads", "kv_groups", "experts")
 
 _INTRODUCTION = """\
 # Coverage
 
-Every family of timm, every vision class of transformers and every image tower of open_clip was built small (or as
-it is), given random weights, inspected, and cut in all groups at once to two thirds of their units, picked at
-random. It passes if the sliced model gives what the masked one gives, to {tolerance:g} of the largest output (in
-float64 where it runs in that), if masking changed the output, and if the parameters left are exactly those
-foretold.
+Every family of timm, every vision class of transformers, every image tower of open_clip and every language model of
+transformers whose config can be made tiny by the usual names of sizes was built small (or as it is), given random
+weights, inspected, and cut in all groups at once to two thirds of their units, picked at random. It passes if the
+sliced model gives what the masked one gives, to {tolerance:g} of the largest output (in float64 where it runs in
+that), if masking changed the output, and if the parameters left are exactly those foretold.
 
     python benchmarks/coverage.py
 
@@ -72,7 +72,7 @@ def write_page(path: Path, rows: list[Row]) -> None:
         path: of the page.
         rows: of all libraries, as `check` gives them.
     """
-    packages = [f"{p} {version(p)}" for p in ("torch", *PACKAGES.values())]
+    packages = [f"{p} {version(p)}" for p in dict.fromkeys(("torch", *PACKAGES.values()))]
     by_library = {name: [r for r in rows if r["library"] == name] for name in NAMES}
     parts = [
         _INTRODUCTION.format(
@@ -136,8 +136,8 @@ def _category(reason: str) -> tuple[str, str]:
         return f"{match[1]} couples all units", match[2]
     if match := _CANNOT.match(reason):
         return f"the module's own code {match[2]}", match[1]
-    if "counts these units times those of" in reason:
-        return "query heads that share a key/value head: they are cut together with it", ""
+    if "counts these units as well as those of" in reason:
+        return "another group counts in the same attribute", ""
     if match := _IN.match(reason):
         return match[1], match[2]
     return reason, ""

@@ -43,9 +43,9 @@ class Worker:
 
 def library(name: str) -> Any:
     """The module of this package that knows a library's models."""
-    from coverage_zoo import hf_models, open_clip_models, timm_models
+    from coverage_zoo import hf_models, open_clip_models, text_models, timm_models
 
-    return {"timm": timm_models, "hf": hf_models, "open_clip": open_clip_models}[name]
+    return {"timm": timm_models, "hf": hf_models, "open_clip": open_clip_models, "text": text_models}[name]
 
 
 def _serve(pipe: Any) -> None:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocation.base import Problem, allocator, best_units, evened
+from secateur.anatomy.masked import masked
 from secateur.anatomy.types import PrunableGroup
-from secateur.anatomy.verify import cut_module_, mask_
+from secateur.anatomy.verify import cut_module_
 from secateur.calibration.losses import similarities
 from secateur.data import Batches
 from secateur.errors import BudgetError
@@ -85,6 +86,43 @@ def _crossed(groups: list[PrunableGroup]) -> set[str]:
     return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
+class _Standing:
+    """Settled groups that are not sliced, since another shares an axis with them: masked together, an owner's at once.
+
+    Args:
+        model: the working copy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._cuts: dict[str, list[tuple[PrunableGroup, Tensor]]] = {}
+        self._open: dict[str, ExitStack] = {}
+
+    @contextmanager
+    def trying(self, group: PrunableGroup, keep: Tensor) -> Iterator[None]:
+        """Within the context, one more group is masked."""
+        self._lift(group.owner)
+        try:
+            with masked(self.model, [*self._cuts.get(group.owner, []), (group, keep)]):
+                yield
+        finally:
+            self._lay(group.owner)
+
+    def settle(self, group: PrunableGroup, keep: Tensor) -> None:
+        self._lift(group.owner)
+        self._cuts.setdefault(group.owner, []).append((group, keep))
+        self._lay(group.owner)
+
+    def _lift(self, owner: str) -> None:
+        if owner in self._open:
+            self._open.pop(owner).close()
+
+    def _lay(self, owner: str) -> None:
+        if owner in self._cuts:
+            self._open[owner] = ExitStack()
+            self._open[owner].enter_context(masked(self.model, self._cuts[owner]))
+
+
 @dataclass
 class Search:
     """AMP's search on one model and one set of images.
@@ -118,7 +156,7 @@ class Search:
         """One search at one tolerance."""
         working = copy.deepcopy(self.model)
         kept = {g.name: g.size for g in problem.groups}
-        crossed = _crossed(problem.groups)
+        crossed, standing = _crossed(problem.groups), _Standing(working)
         with explicit_attention(self.model), explicit_attention(working):
             entropy = self._dense_entropy()
             for group in track(list(reversed(problem.groups)), "Bisecting widths"):
@@ -130,7 +168,7 @@ class Search:
                     if low >= high:
                         break
                     middle = (low + high) // 2
-                    trial = self._masked_entropy(working, group, problem, allowed[middle], lead)
+                    trial = self._masked_entropy(standing, group, problem, allowed[middle], lead)
                     if trial - entropy <= tolerance:
                         high, accepted = middle, trial
                     else:
@@ -138,7 +176,10 @@ class Search:
                 kept[group.name], entropy = allowed[high], accepted
                 if allowed[high] < group.size:
                     keep = torch.tensor(best_units(problem.scores.values[group.name], allowed[high]))
-                    (mask_ if group.name in crossed else cut_module_)(working, group, keep)
+                    if group.name in crossed:
+                        standing.settle(group, keep)
+                    else:
+                        cut_module_(working, group, keep)
         return kept
 
     @property
@@ -171,26 +212,17 @@ class Search:
     def _lead(self, working: nn.Module, group: PrunableGroup) -> Lead | None:
         """What comes before the group's consumers in its block."""
         block = self.prefix.blocks[self._stage(group)] if self.keeps else ""
-        if not block or not group.owner.startswith(block + "."):
+        if not block or not group.consumers or not group.owner.startswith(block + "."):
             return None
-        paths = [c.module for c in group.consumers] + ([group.norm] if group.norm else [])
+        paths = [*(c.module for c in group.consumers), *group.norms]
         return Lead(working.get_submodule(block), [working.get_submodule(p) for p in paths])
 
     def _masked_entropy(
-        self, working: nn.Module, group: PrunableGroup, problem: Problem, count: int, lead: Lead | None
+        self, standing: _Standing, group: PrunableGroup, problem: Problem, count: int, lead: Lead | None
     ) -> float:
         keep = torch.tensor(best_units(problem.scores.values[group.name], count))
-        saved = {s.name: s for s in group.slots if s.role == "consumer"}
-        before = {n: working.get_parameter(n).detach().clone() for n in saved}
-        norm = None if group.norm is None else working.get_submodule(group.norm)
-        mask_(working, group, keep)
-        try:
-            return self._entropy(working, self._stage(group), None if lead is None else lead.run)
-        finally:
-            for name, value in before.items():
-                working.get_parameter(name).copy_(value)
-            if norm is not None:
-                norm.__dict__.pop("forward", None)
+        with standing.trying(group, keep):
+            return self._entropy(standing.model, self._stage(group), None if lead is None else lead.run)
 
     def _entropy(
         self, model: nn.Module, stage: int, around: Callable[[int], AbstractContextManager[None]] | None = None

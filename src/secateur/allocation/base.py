@@ -6,6 +6,7 @@ best by score. `Problem` knows which counts are allowed (floors, alignment) and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,8 +68,9 @@ class Problem:
 
     def allowed(self, group: PrunableGroup) -> list[int]:
         """Counts that a group may keep, ascending, the whole group included."""
-        step = self.align if group.kind in (Kind.HIDDEN, Kind.CHANNELS, Kind.RESIDUAL) else 1
-        least = max(1, -(-int(self.floor * group.size * 1_000_000) // 1_000_000), min(step, group.size))
+        align = self.align if group.kind in (Kind.HIDDEN, Kind.CHANNELS, Kind.RESIDUAL) else 1
+        step = math.lcm(align, group.multiple)
+        least = max(group.least, -(-int(self.floor * group.size * 1_000_000) // 1_000_000), min(step, group.size))
         counts = [k for k in range(step, group.size, step) if k >= least]
         return [*counts, group.size]
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from secateur.anatomy.types import CUT_KINDS, Anatomy, Consumer, Kind, PrunableGroup, Slot
 from secateur.errors import AnatomyError
+
+if TYPE_CHECKING:
+    from secateur.anatomy.trace import Trace
 
 __all__ = ["CUT_KINDS", "Anatomy", "Consumer", "Kind", "PrunableGroup", "Slot", "find_anatomy"]
 
@@ -32,12 +35,12 @@ def find_anatomy(
     Raises:
         AnatomyError: the model cannot be run on the example.
     """
-    from secateur.anatomy.blocks import block_groups, block_order
+    from secateur.anatomy.blocks import block_order, declared_groups
     from secateur.anatomy.costs import cost_terms, with_costs
     from secateur.anatomy.groups import Builder
     from secateur.anatomy.headdims import renamed, with_head_dims
     from secateur.anatomy.residual import with_streams
-    from secateur.anatomy.trace import trace_model
+    from secateur.anatomy.twins import adopt_twins
     from secateur.anatomy.verify import Verifier
     from secateur.nn.attention import explicit_attention
     from secateur.nn.slicing import drop_caches_
@@ -50,7 +53,8 @@ def find_anatomy(
     model.eval()
     try:
         with explicit_attention(model):
-            trace = trace_model(model, forward, example)
+            trace = _trace(model, forward, example)
+            adopt_twins(trace, model)
             builder = Builder(trace, model)
             groups = builder.build()
             leaves = builder.leaves
@@ -70,7 +74,7 @@ def find_anatomy(
     params = renamed(params, [name for name, _ in model.named_parameters()], parts)
     macs = renamed(macs, [event.module for event in trace.contractions], parts)
     groups = {n: with_costs(g, params, macs) for n, g in groups.items()}
-    groups |= block_groups(trace, model, params, macs)
+    groups |= declared_groups(trace, model, params, macs)
     first = next(iter(tensors_in(example)), torch.empty(0))
     return Anatomy(
         groups=groups,
@@ -81,3 +85,17 @@ def find_anatomy(
         input_shape=tuple(first.shape[1:]),
         blocks=block_order(trace, model),
     )
+
+
+def _trace(model: nn.Module, forward: Callable[[nn.Module, Any], Any], example: Any) -> Trace:
+    """The trace of a model in plain code, or in the implementation that was chosen, where there is no other."""
+    from secateur.anatomy.trace import trace_model
+    from secateur.nn.implementations import TRACED, has_other, implementation
+
+    if has_other(model, TRACED):
+        try:
+            with implementation(model, TRACED):
+                return trace_model(model, forward, example)
+        except Exception:  # not every model has plain code; the failure of its own is the one to report
+            pass
+    return trace_model(model, forward, example)

@@ -187,6 +187,8 @@ class Space:
         """
         queue = [d for d in map(self.find, dims) if d.size != 1]
         out = []
+        if 0 in sizes:
+            raise Misaligned
         for size in sizes:
             taken: list[Dim] = []
             need = size
@@ -211,7 +213,12 @@ class Space:
 
         Returns:
             The Dims of the reshape, and the given-up Dims, old and new: the caller pins them.
+
+        Raises:
+            Misaligned: the tensor is empty.
         """
+        if 0 in sizes:
+            raise Misaligned
         out: list[Dim] = []
         lost: list[Dim] = []
         for old, new in _segments([d.size for d in dims], sizes):

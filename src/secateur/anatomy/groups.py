@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from secateur.anatomy.dims import Dim, Form, Misaligned, Note
+from secateur.anatomy.dims import Dim, Misaligned, Note
 from secateur.anatomy.trace import Contraction, Trace
 from secateur.anatomy.types import Consumer, Kind, PrunableGroup, Residual, Slot
 from secateur.nn.params import conv1d_like, owner_of
@@ -20,6 +21,8 @@ NOT_YET = {
     Kind.QK_DIM: "query/key dimensions are not cut by slicing; whole heads are cut instead",
     Kind.VO_DIM: "value dimensions share the head size with queries and keys; whole heads are cut instead",
 }
+
+MIXES = ("norm", "reduce")  # notes of what a norm does
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Leaf:
     paired: list[int] = field(default_factory=list)  # summed by a contraction of two activations: q . k
     carried: list[int] = field(default_factory=list)  # free axis of such a contraction: attention @ v
     grouped: list[int] = field(default_factory=list)  # groups of a convolution
+    picked: int = 0  # how many of the units a router takes at most; 0 if none chooses among them
     notes: list[Note] = field(default_factory=list)
 
 
@@ -59,19 +63,32 @@ def find_leaves(trace: Trace) -> list[Leaf]:
         else:
             each(event.summed, "paired", i)
             each(event.batch, "shared", i)
-            for dim in event.dims[1:3]:
+            # Without heads beside them (in a state space model) what is carried are plain channels.
+            for dim in event.dims[1:3] if any(x in leaves for x in space.leaves(event.batch)) else ():
                 each(dim, "carried", i)
     for leaf, notes in space.notes().items():
         if leaf in leaves:
             leaves[leaf].notes = notes
+    _count_picks(trace, leaves)
     return list(leaves.values())
 
 
+def _count_picks(trace: Trace, leaves: dict[Dim, Leaf]) -> None:
+    """How many units a router takes at most; of experts in routing groups, so many that those of few groups suffice."""
+    picks = [([x for x in trace.space.leaves(dim) if x in leaves], count) for dim, count in trace.picks]
+    for found, count in sorted(picks, key=lambda pick: len(pick[0])):
+        if found:
+            *outer, inner = (leaves[x] for x in found)
+            for leaf in outer:
+                leaf.picked = max(leaf.picked, 1)
+            inner.picked = max(inner.picked, -(-count // math.prod(leaf.picked for leaf in outer)))
+
+
 def kind_of(leaf: Leaf, trace: Trace) -> Kind:
+    if _are_experts(leaf, trace):
+        return Kind.EXPERTS
     if leaf.shared:
-        # Features per unit: more than one where a projection makes whole heads, one where it makes one number a head.
-        counts = {_multiplicity(trace, leaf, i) for i in leaf.made} - {1.0}
-        return Kind.KV_GROUPS if len(counts) > 1 else Kind.HEADS
+        return Kind.KV_GROUPS if _shared_by_queries(leaf, trace) else Kind.HEADS
     maps_to_itself = any(i in leaf.made for i in leaf.read if trace.contractions[i].dense)
     if maps_to_itself or any(n.kind == "skip" for n in leaf.notes):
         return Kind.RESIDUAL
@@ -81,34 +98,41 @@ def kind_of(leaf: Leaf, trace: Trace) -> Kind:
         return Kind.QK_DIM
     if leaf.carried:
         return Kind.VO_DIM
-    spatial = any(_is_spatial(trace, trace.contractions[i]) for i in {*leaf.made, *leaf.read})
+    spatial = any(trace.contractions[i].spatial for i in {*leaf.made, *leaf.read})
     return Kind.CHANNELS if spatial or (leaf.grouped and not _depthwise_only(leaf, trace)) else Kind.HIDDEN
 
 
-def _multiplicity(trace: Trace, leaf: Leaf, event: int) -> float:
-    """Features per unit that a producer makes, with a packed producer counted per projection."""
-    features = trace.space.find(trace.contractions[event].features)
-    for part in features.parts if features.form is Form.CONCAT else (features,):
-        try:
-            units = trace.space.units(part, leaf.dim)
-        except Misaligned:
-            continue
-        if (units >= 0).any():
-            return float((units >= 0).sum()) / leaf.dim.size
-    return 0.0
-
-
-def _is_spatial(trace: Trace, event: Contraction) -> bool:
-    return any(len(trace.params[w]) > 2 and any(d.size > 1 for d in trace.params[w][2:]) for w in event.weights)
+def _shared_by_queries(leaf: Leaf, trace: Trace) -> bool:
+    """Whether a unit is several heads in one projection (queries) and one in another, or beside it."""
+    space = trace.space
+    made = [space.find(trace.contractions[i].features) for i in leaf.made]
+    for partner in {x for i in leaf.shared for x in space.leaves(trace.contractions[i].batch)} - {leaf.dim}:
+        several = single = False
+        for features in made:
+            try:
+                mine, theirs = space.units(features, leaf.dim) >= 0, space.units(features, partner) >= 0
+            except Misaligned:
+                continue
+            several |= bool((mine & theirs).any())
+            single |= bool((mine & ~theirs).any())
+        if several and single:
+            return True
+    return False
 
 
 def _depthwise_only(leaf: Leaf, trace: Trace) -> bool:
     return not any(trace.contractions[i].dense for i in leaf.grouped)
 
 
-def _goes_on(leaf: Leaf) -> bool:
+def _are_experts(leaf: Leaf, trace: Trace) -> bool:
+    """Whether the data chooses among the units, each of which has a matrix of its own."""
+    return bool(leaf.picked and leaf.made) and any(len(trace.params[name]) > 2 for name, _ in leaf.slots)
+
+
+def _goes_on(leaf: Leaf, trace: Trace) -> bool:
     """Whether anything reads the units, or something did that could not be followed."""
-    return bool(leaf.read or leaf.paired or any(n.kind == "opaque" for n in leaf.notes))
+    opaque = not leaf.picked and any(n.kind == "opaque" for n in leaf.notes)
+    return bool(leaf.read or leaf.paired or opaque or _are_experts(leaf, trace))
 
 
 class Builder:
@@ -123,7 +147,7 @@ class Builder:
         self.leaves: dict[str, Dim] = {}
 
     def build(self) -> dict[str, PrunableGroup]:
-        leaves = [x for x in find_leaves(self.trace) if x.made and _goes_on(x) and not self._boundary(x)]
+        leaves = [x for x in find_leaves(self.trace) if x.made and _goes_on(x, self.trace) and not self._boundary(x)]
         leaves.sort(key=lambda x: min([*x.made, *x.read]))
         groups = {}
         for leaf in leaves:
@@ -141,7 +165,7 @@ class Builder:
 
     def _group(self, leaf: Leaf) -> PrunableGroup | None:
         kind = kind_of(leaf, self.trace)
-        reason, norm = self._reason(leaf, kind)
+        reason, norms = self._reason(leaf, kind)
         slots = []
         for name, axis in leaf.slots:
             try:
@@ -163,36 +187,43 @@ class Builder:
             consumers=tuple(self._consumers(leaf)),
             order=max(leaf.read or leaf.paired or leaf.made),
             reason=reason,
-            norm=norm,
+            norms=norms,
             edits=tuple(self._conv_groups(leaf)),
+            least=leaf.picked if kind is Kind.EXPERTS else 1,
         )
 
     # -- why not --------------------------------------------------------------------------------------------------
 
-    def _reason(self, leaf: Leaf, kind: Kind) -> tuple[str, str | None]:
+    def _reason(self, leaf: Leaf, kind: Kind) -> tuple[str, tuple[str, ...]]:
         names = [name for name, _ in leaf.slots]
         if any(names.count(w) > 1 and self._uses(w) > 1 for w in names):
-            return "one weight both makes and reads it (a tied dictionary, as in ISTA blocks)", None
+            return "one weight both makes and reads it (a tied dictionary, as in ISTA blocks)", ()
         if kind in NOT_YET:
-            return NOT_YET[kind], None
-        norm = None
+            return NOT_YET[kind], ()
+        if kind is Kind.EXPERTS and leaf.picked >= leaf.dim.size:
+            return f"the router takes {leaf.picked} of {leaf.dim.size} for every token; none can go", ()
+        norms: dict[str, None] = {}
         for note in leaf.notes:
+            if kind is Kind.EXPERTS and note.kind in ("norm", "reduce", "softmax"):
+                continue  # the router ranks them: one that is not there is one that ranks last
             if note.kind == "output":
-                return "it is part of the model's output", None
+                return "it is part of the model's output", ()
             where = f" in {note.where} ({self._class(note.where)})"
             if note.kind == "norm" or note.kind == "reduce":
-                if not self._norm_before_consumer(leaf, note.where):
-                    return f"{note.text} couples all units{where}", None
-                norm = note.where
+                if not self._norm_before_consumer(leaf, note.where) and not self._norm_over_heads(
+                    leaf, kind, note.where
+                ):
+                    return f"{note.text} couples all units{where}", ()
+                norms[note.where] = None
             elif note.kind == "softmax":
-                return f"a softmax couples all units{where}", None
+                return f"a softmax couples all units{where}", ()
             elif note.kind == "indexed":
-                return f"single units are addressed by {note.text}{where}", None
+                return f"single units are addressed by {note.text}{where}", ()
             elif note.kind == "opaque":
-                return f"the data flow could not be followed through '{note.text}'{where}", None
+                return f"the data flow could not be followed through '{note.text}'{where}", ()
         if leaf.dim in self.foreign:
-            return "a constant tensor of this size is neither parameter nor buffer", None
-        return "", norm
+            return "a constant tensor of this size is neither parameter nor buffer", ()
+        return "", tuple(norms)
 
     def _uses(self, weight: str) -> int:
         return sum(weight in event.weights for event in self.trace.contractions)
@@ -213,6 +244,21 @@ class Builder:
         readers = {self.trace.contractions[i].module for i in leaf.read}
         feeds = any(call.outs[0] in self.called[m].ins for m in readers if m in self.called)
         return feeds and mixed == {leaf.dim} and self.space.find(call.first[-1]) is leaf.dim
+
+    def _norm_over_heads(self, leaf: Leaf, kind: Kind, path: str) -> bool:
+        """Whether a module is a norm over all queries or keys at once, before they are split into heads."""
+        module, call = self.model.get_submodule(path), self.called.get(path)
+        if kind not in (Kind.HEADS, Kind.KV_GROUPS) or call is None or next(module.children(), None) is not None:
+            return False
+        if not call.first or [*map(self.space.find, call.first)] != [*map(self.space.find, call.result)]:
+            return False
+        width = self.space.find(call.first[-1])
+        own = [self.trace.params[n] for n, _ in leaf.slots if _parent(n) == path]
+        weighted = any(len(axes) == 1 and self.space.find(axes[0]) is width for axes in own)
+        within = set(self.space.leaves(width))
+        return weighted and all(
+            dim in within for dim, notes in self.notes.items() for n in notes if n.where == path and n.kind in MIXES
+        )
 
     # -- where ----------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from secateur.anatomy.masked import mask_
 from secateur.anatomy.types import Kind, PrunableGroup, Slot
 from secateur.anatomy.verify import TOLERANCE, compare, randomise_
 from secateur.errors import reason
-from secateur.nn.masking import silence_
 from secateur.nn.narrow import INDEX, QK, VO, Narrowing, narrow_
 from secateur.nn.slicing import AttrEdit, finish_, keep_mask, slice_tensors_
 from secateur.nn.trees import tensors_in
@@ -47,7 +47,7 @@ def prove_heads(group: PrunableGroup, owner: nn.Module, inputs: tuple | None) ->
         base = copy.deepcopy(owner)
         randomise_(base)
         masked = copy.deepcopy(base)
-        silence_heads_(masked, local, keep)
+        mask_(masked, [(local, keep)])
         reference = _call(masked, inputs)
         if local.narrowing is None or not narrow_(base, local.narrowing):
             return f"the code of {type(owner).__name__} has no place for heads of another size"
@@ -57,14 +57,6 @@ def prove_heads(group: PrunableGroup, owner: nn.Module, inputs: tuple | None) ->
         return f"{type(owner).__name__} cannot run with smaller heads: {reason(e)}"
     failure = compare(reference, out, TOLERANCE[torch.float32])
     return failure and f"smaller heads change {type(owner).__name__}: {failure}"
-
-
-@torch.no_grad()
-def silence_heads_(root: nn.Module, group: PrunableGroup, keep: Tensor) -> None:
-    """Zero, in place, what makes and reads the dimensions that go."""
-    for slot in group.slots:
-        if not slot.name.endswith(INDEX):
-            silence_(root, slot.name, slot.axis, ~keep_mask(slot.units, keep, group.size))
 
 
 def slice_heads_(root: nn.Module, group: PrunableGroup, keep: Tensor) -> None:

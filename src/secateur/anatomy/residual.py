@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from secateur.anatomy.dims import Dim
 from secateur.anatomy.groups import NOT_YET
+from secateur.anatomy.masked import mask_
 from secateur.anatomy.trace import Trace
 from secateur.anatomy.types import Consumer, Kind, PrunableGroup
 from secateur.anatomy.verify import TOLERANCE, compare, randomise_
 from secateur.errors import reason
 from secateur.nn.attention import explicit_attention
-from secateur.nn.masking import silence_
 from secateur.nn.params import get_tensor
 from secateur.nn.slicing import finish_, keep_mask, slice_tensors_
 from secateur.nn.stream import Stream, StreamNorm, read_norm
@@ -117,13 +117,6 @@ def _untied(group: PrunableGroup, model: nn.Module) -> tuple[Consumer, ...]:
     return tuple(c for c in group.consumers if _names(group, model, c.weight) == 1)
 
 
-@torch.no_grad()
-def silence_stream_(root: nn.Module, group: PrunableGroup, keep: Tensor) -> None:
-    """Zero, in place, everything that entries of the stream which go own; the norms keep their full width."""
-    for slot in group.slots:
-        silence_(root, slot.name, slot.axis, ~keep_mask(slot.units, keep, group.size))
-
-
 def narrow_stream_(root: nn.Module, group: PrunableGroup, left: int) -> None:
     """Make the norms of a stream of which so many entries are left compute what they did over all of them."""
     for norm in group.stream.norms:
@@ -138,7 +131,7 @@ def _prove(group: PrunableGroup, model: nn.Module, run: Callable[[nn.Module], An
     keep = keep[: max(2, group.size * 2 // 3 // 2 * 2)].sort().values
     try:
         trial = _randomised(model)
-        silence_stream_(trial, group, keep)
+        mask_(trial, [(group, keep)])
         reference = _outputs(trial, run)
         del trial  # one copy of the whole model at a time
         trial = _randomised(model)

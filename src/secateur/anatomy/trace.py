@@ -52,6 +52,8 @@ class Info:
         node: number of the operation that computed it; views keep the number of what they view.
         past: bit set of the nodes it depends on.
         past_mixed: those of them that it depends on through at least one dense contraction.
+        chosen: the parameter of which these are matrices that the data chose (experts of a token).
+        points: the axis whose indices the values are (what top-k chose); None for all other tensors.
     """
 
     axes: tuple[Dim, ...]
@@ -62,6 +64,8 @@ class Info:
     past: int = 0
     past_mixed: int = 0
     branch: Branch | None = None
+    chosen: str | None = None
+    points: Dim | None = None
 
 
 @dataclass
@@ -78,6 +82,7 @@ class Contraction:
         macs: multiply-accumulates for the traced batch.
         dims: axes whose sizes multiply to `macs`, besides constants.
         dense: False for depthwise convolutions.
+        spatial: whether it is a convolution with more than one kernel position.
         residual: index into `Trace.skips` of the addition that takes the result back into the stream.
         branch: how the result reached that addition.
     """
@@ -91,6 +96,7 @@ class Contraction:
     macs: int
     dims: tuple[Dim, ...]
     dense: bool = True
+    spatial: bool = False
     residual: int | None = None
     branch: Branch | None = None
 
@@ -145,8 +151,10 @@ class Trace:
         calls: module calls in order of entry.
         shapes: for each module path, the axes whose sizes its code named: it reshaped, split, expanded, grouped.
         used: for each node that some operation read, the number of the last one; AT_THE_END if the model returned it.
+        picks: axes of which the data chooses indices (experts), with how many it takes at most.
         foreign: axes of tensors that were neither arguments, parameters, buffers nor made during the run.
         batch: size of the traced batch.
+        twins: modules that were never called, and are described from a sibling that was.
     """
 
     space: Space
@@ -156,8 +164,10 @@ class Trace:
     calls: list[ModuleCall] = field(default_factory=list)
     shapes: dict[str, list[Dim]] = field(default_factory=dict)
     used: dict[int, int] = field(default_factory=dict)
+    picks: list[tuple[Dim, int]] = field(default_factory=list)
     foreign: list[tuple[Dim, ...]] = field(default_factory=list)
     batch: int = 1
+    twins: list[str] = field(default_factory=list)
 
     def live(self, call: ModuleCall) -> tuple[bool, ...]:
         """For each tensor that a call returned, whether anything read it afterwards; attention weights often nobody."""

@@ -26,11 +26,12 @@ class Kind(StrEnum):
     HEAD_DIM = "head_dim"  # dimensions that queries, keys and values share in every head
     QK_DIM = "qk_dim"
     VO_DIM = "vo_dim"
+    EXPERTS = "experts"  # experts among which a router chooses
     RESIDUAL = "residual"  # width of the residual stream
     BLOCKS = "blocks"  # whole blocks of a repeated stack
 
 
-CUT_KINDS = frozenset({Kind.HIDDEN, Kind.CHANNELS, Kind.HEADS, Kind.KV_GROUPS})
+CUT_KINDS = frozenset({Kind.HIDDEN, Kind.CHANNELS, Kind.HEADS, Kind.KV_GROUPS, Kind.EXPERTS})
 DECOMPOSED_KINDS = frozenset({Kind.RESIDUAL, Kind.QK_DIM, Kind.VO_DIM})  # cut in a model that `rotate` has prepared
 
 
@@ -108,9 +109,12 @@ class PrunableGroup:
         unit_params: parameters that go with one unit.
         unit_macs: multiply-accumulates per image that go with one unit.
         reason: why it cannot be cut; empty if it can.
-        norm: dotted path of a norm over the hidden dimension that feeds the consumer, if there is one.
+        norms: dotted paths of norms over all units, whose statistics change with the cut: in front of the consumer,
+            or over all queries (and keys) before they are split into heads.
         edits: attributes that count units.
         rewritten: modules whose forward must be made free of the input width first, with their head counts.
+        least: fewest units that may stay (a router takes so many experts for every token).
+        multiple: how many units stay, if not all, is a multiple of this (a kernel wants aligned rows).
         stream: its norms and scales, where the units are entries of the residual stream.
         narrowing: how the owner is given head sizes of its own first, where the units are dimensions of heads.
     """
@@ -125,15 +129,27 @@ class PrunableGroup:
     unit_params: float = 0.0
     unit_macs: float = 0.0
     reason: str = ""
-    norm: str | None = None
+    norms: tuple[str, ...] = ()
     edits: tuple[AttrEdit, ...] = ()
     rewritten: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
+    least: int = 1
+    multiple: int = 1
     stream: Stream = field(default_factory=Stream)
     narrowing: Narrowing | None = None
 
     @property
     def cuttable(self) -> bool:
         return not self.reason
+
+    def at_most(self, count: int) -> int:
+        """The largest number of units up to `count` that may stay; the smallest of all where `count` is too few."""
+        step = self.multiple
+        return max(count - count % step, -(-self.least // step) * step)
+
+    @property
+    def norm(self) -> str | None:
+        """The first of `norms`."""
+        return self.norms[0] if self.norms else None
 
 
 @dataclass(frozen=True)

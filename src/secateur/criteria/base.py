@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from secateur.anatomy.types import Consumer, PrunableGroup
+from secateur.anatomy.types import Consumer, Kind, PrunableGroup
 from secateur.calibration.statistics import LayerSums, Statistics, TaylorSums
 from secateur.calibration.weights import WeightSums
 from secateur.errors import DataError
@@ -77,8 +77,11 @@ class GroupView:
                 yield self._rows(slot.name, slot.axis, slot.units)
 
     def consumer_rows(self) -> Tensor:
-        """[U, R]: everything that reads a unit, flattened."""
-        rows = [self._rows(s.name, s.axis, s.units) for s in self.group.slots if s.role == "consumer"]
+        """[U, R]: everything that reads a unit, flattened; of an expert, its own matrices."""
+        readers = [s for s in self.group.slots if s.role == "consumer"]
+        if not readers and self.group.kind is Kind.EXPERTS:
+            readers = [s for s in self.group.slots if s.role == "other" and get_tensor(self.model, s.name).dim() > 1]
+        rows = [self._rows(s.name, s.axis, s.units) for s in readers]
         return torch.cat(rows, dim=1) if rows else torch.zeros(self.size, 1)
 
     def _rows(self, name: str, axis: int, units: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.nn.attention import HeadwiseAttention, can_spell_out
+from secateur.nn.localconfig import get_size, set_size
 from secateur.nn.params import get_tensor, owner_of, set_tensor, sync_attributes
 
 
@@ -19,25 +20,33 @@ class AttrEdit:
 
     Attributes:
         module: dotted path.
-        attr: attribute name.
+        attr: attribute name, "config.<name>" for what the module reads from its config.
         index: position, where the attribute is a list or tuple of sizes.
         per_unit: by how much the number falls when one unit goes.
+        size: units in the dense group, if the number is a multiple of it: then it falls in proportion, so that
+            groups that are factors of one number may both be cut.
     """
 
     module: str
     attr: str
     per_unit: int
     index: int | None = None
+    size: int = 0
 
     def apply_(self, root: nn.Module, removed: int) -> None:
         module = root.get_submodule(self.module)
-        value = getattr(module, self.attr)
+        value = get_size(module, self.attr)
         if self.index is None:
-            setattr(module, self.attr, value - removed * self.per_unit)
+            set_size(module, self.attr, self._after(value, removed))
         else:
             items = list(value)
-            items[self.index] -= removed * self.per_unit
+            items[self.index] = self._after(items[self.index], removed)
             setattr(module, self.attr, type(value)(items))
+
+    def _after(self, value: int, removed: int) -> int:
+        if self.size:
+            return value * (self.size - removed) // self.size
+        return value - removed * self.per_unit
 
 
 def keep_mask(units: Tensor, keep: Tensor, size: int) -> Tensor:

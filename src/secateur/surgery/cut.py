@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.anatomy.headproof import silence_heads_
-from secateur.anatomy.residual import narrow_stream_, silence_stream_
-from secateur.anatomy.types import Anatomy, Consumer, Kind, PrunableGroup
+from secateur.anatomy.masked import mask_
+from secateur.anatomy.residual import narrow_stream_
+from secateur.anatomy.types import Anatomy, Consumer, PrunableGroup
 from secateur.calibration.statistics import Statistics
 from secateur.errors import DataError, PlanError
 from secateur.fingerprint import fingerprint
 from secateur.nn.attention import HeadwiseAttention
-from secateur.nn.masking import restrict_norm_, silence_
+from secateur.nn.localconfig import own_sizes
 from secateur.nn.narrow import Narrowing, narrow_
 from secateur.nn.params import get_tensor
 from secateur.nn.reforward import reforward_
@@ -52,6 +52,11 @@ def check_plan(model: nn.Module, plan: Plan, anatomy: Anatomy) -> dict[str, tupl
             continue
         if not group.cuttable:
             raise PlanError(f"'{name}' cannot be cut: {group.reason}")
+        if len(kept.keep) < group.least or len(kept.keep) % group.multiple:
+            raise PlanError(
+                f"'{name}' must keep at least {group.least} of {group.size} units and a multiple of {group.multiple}, "
+                f"the plan keeps {len(kept.keep)}"
+            )
         out[name] = (group, torch.tensor(kept.keep))
     return out
 
@@ -154,19 +159,7 @@ def prune(model: nn.Module, plan: Plan, **options: Any) -> nn.Module:
 def mask(model: nn.Module, plan: Plan, anatomy: Anatomy) -> nn.Module:
     """A copy of the dense model in which the units that the plan removes are silent: the reference for `prune`."""
     out = copy.deepcopy(model)
-    for group, keep in check_plan(model, plan, anatomy).values():
-        if group.kind is Kind.RESIDUAL:
-            silence_stream_(out, group, keep)
-            continue
-        if group.narrowing is not None:
-            silence_heads_(out, group, keep)
-            continue
-        for slot in group.slots:
-            if slot.role == "consumer":
-                silence_(out, slot.name, slot.axis, ~keep_mask(slot.units, keep, group.size))
-        if group.norm is not None:
-            consumer = next(s for s in group.slots if s.role == "consumer")
-            restrict_norm_(out.get_submodule(group.norm), keep_mask(consumer.units, keep, group.size))
+    mask_(out, check_plan(model, plan, anatomy).values())
     return out
 
 
@@ -187,7 +180,9 @@ def mark_as_cut(model: nn.Module, recipe: Recipe, plan: Plan | None) -> None:
 
 def _structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Every size attribute of every module."""
-    return {path: {k: v for k, v in vars(m).items() if _is_size(k, v)} for path, m in model.named_modules()}
+    return {
+        path: {k: v for k, v in vars(m).items() if _is_size(k, v)} | own_sizes(m) for path, m in model.named_modules()
+    }
 
 
 def _is_size(name: str, value: Any) -> bool:

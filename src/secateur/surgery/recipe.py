@@ -9,6 +9,7 @@ from torch import nn
 
 from secateur.errors import ArtifactError
 from secateur.nn.attention import HeadwiseAttention
+from secateur.nn.localconfig import PREFIX, get_size, set_size
 from secateur.nn.narrow import Narrowing, narrow_
 from secateur.nn.params import get_tensor, owner_of, set_tensor, sync_attributes
 from secateur.nn.reforward import reforward_
@@ -82,9 +83,9 @@ class Recipe(BaseModel):
                     )
             for path, attribute, value in self.attributes:
                 module = model.get_submodule(path)
-                _check_sizes(path, attribute, getattr(module, attribute))
-                old = getattr(module, attribute)
-                setattr(module, attribute, type(old)(value) if isinstance(value, list) else value)
+                old = get_size(module, attribute)
+                _check_sizes(path, attribute, old)
+                set_size(module, attribute, type(old)(value) if isinstance(value, list) else value)
             for path in self.headwise:
                 attention = model.get_submodule(path)
                 if type(attention) is not nn.MultiheadAttention:
@@ -125,5 +126,5 @@ class Recipe(BaseModel):
 def _check_sizes(path: str, attribute: str, old: Any) -> None:
     """Only sizes may be set: integers, or lists of them."""
     plain = isinstance(old, int) or (isinstance(old, (list, tuple)) and all(isinstance(v, int) for v in old))
-    if attribute.startswith("_") or isinstance(old, bool) or not plain:
+    if attribute.removeprefix(PREFIX).startswith("_") or isinstance(old, bool) or not plain:
         raise ArtifactError(f"refusing to set '{path}.{attribute}': it is not a size")

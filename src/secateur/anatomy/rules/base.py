@@ -35,7 +35,6 @@ _POINTWISE = {
     "masked_fill_",
     "to_mkldnn",
     "_conj",
-    "view_as_real",
     "log_sigmoid_forward",
     "_prelu_kernel",
     "_fused_dropout",
@@ -68,6 +67,10 @@ _FACTORIES = {
     "triu_indices",
     "new_empty_strided",
 }
+
+
+# Index values stay index values.
+_SAME_VALUES = {"clone", "alias", "detach", "_to_copy", "contiguous", "clamp", "clamp_", "clamp_max", "clamp_max_"}
 
 
 def rule(*names: str) -> Callable[[Callable[[Op], None]], Callable[[Op], None]]:
@@ -146,6 +149,22 @@ class Op:
         """Record the axes of a result that only rearranges `of`: it stays the same node and the same parameter."""
         self.tracer.info[tensor] = replace(self.tracer.look(of), axes=tuple(axes), branch=branch)
 
+    def set_points(self, tensor: Tensor, axis: Dim | None) -> None:
+        """Record that a result's values are indices along an axis."""
+        self.tracer.info[tensor] = replace(self.tracer.info[tensor], points=axis)
+
+    def points(self, tensor: Tensor) -> Dim | None:
+        """The axis whose indices a tensor holds, if it does."""
+        return self.tracer.look(tensor).points
+
+    def looked_up(self, axis: Dim, indices: Tensor, text: str) -> None:
+        """Entries of an axis are addressed by `indices`; where those point into it, an entry stays the same unit."""
+        target = self.points(indices)
+        if target is None or target.size != axis.size:
+            self.pin([axis], "indexed", text)
+        else:
+            self.unify(axis, target)
+
     def set_branch(self, tensor: Tensor, branch: Branch | None) -> None:
         self.tracer.info[tensor] = replace(self.tracer.info[tensor], branch=branch)
 
@@ -167,8 +186,12 @@ def apply_rule(tracer: Tracer, func: Any, args: tuple, kwargs: dict, out: Any) -
             pointwise(op)
         else:
             _opaque(op)
-    except Misaligned:
-        _opaque(op)
+    except (Misaligned, LookupError, StopIteration, ArithmeticError):  # uneven axes, or a variant not foreseen
+        if op.outs and all(t.numel() == 0 for t in op.outs):  # nothing flows through an empty tensor
+            for tensor in op.outs:
+                op.set(tensor, op.fresh(tensor.shape))
+        else:
+            _opaque(op)
 
 
 def _made(op: Op) -> None:
@@ -210,8 +233,12 @@ def pointwise(op: Op) -> None:
         branch = _branch(op, operands)
         _note_skip(op, operands, axes)
         in_place = any(tensor is t for t in op.tensors)
+        points = op.points(operands[0]) if len(operands) == 1 and op.name in _SAME_VALUES else None
         op.set(tensor, axes)
         op.set_branch(tensor, branch)
+        op.set_points(tensor, points)
+        if len(operands) == 1 and op.name in _SAME_VALUES and op.tracer.look(operands[0]).chosen:
+            op.tracer.info[tensor] = replace(op.tracer.info[tensor], chosen=op.tracer.look(operands[0]).chosen)
         if in_place and tensor._base is not None:
             _written_through(op, tensor)
 

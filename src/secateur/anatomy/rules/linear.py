@@ -15,6 +15,8 @@ def _weights(op: Op, x: Tensor, w: Tensor) -> tuple[frozenset[str], bool]:
     """Names on the weight side, and whether that side is `x`."""
     a, b = op.tracer.look(x), op.tracer.look(w)
     known = op.tracer.parameters
+    if a.chosen != b.chosen and not (a.chosen and b.chosen):
+        return frozenset({a.chosen or b.chosen or ""}), b.chosen is None
     if not b.act and (b.name in known or (b.roots and (a.act or not a.roots))):
         return b.roots, False
     if not a.act and (a.name in known or a.roots):
@@ -84,6 +86,33 @@ def bmm(op: Op) -> None:
         broadcast(op, [op.args["self"], out], out.shape)
 
 
+@rule("linalg_solve_triangular")
+def solve_triangular(op: Op) -> None:
+    """X of A X = B or X A = B: the rows and columns of A depend on one another, the other axes are those of B."""
+    a, b, left = op.args["self"], op.args["B"], op.args.get("left", True)
+    square = op.axes(a)[-2:]
+    op.pin(square, "reduce", "a triangular solve")
+    op.unify(square[0] if left else square[1], op.axis(b, -2 if left else -1))
+    for one, other in zip(op.axes(a)[:-2], op.axes(b)[:-2], strict=True):
+        if one.size == other.size:
+            op.unify(one, other)
+    op.set(op.outs[0], op.axes(b), mixes=True)
+
+
+@rule("_grouped_mm", "grouped_mm_fallback")
+def grouped_mm(op: Op) -> None:
+    """Rows of x, sorted by expert, times that expert's matrix: [S, K] x [E, K, N] -> [S, N]."""
+    out = op.outs[0]
+    x, w, offsets = op.first("self", "input"), op.first("mat2", "weight"), op.args.get("offs")
+    if x.dim() != 2 or w.dim() != 3 or offsets is None:
+        raise Misaligned
+    rows, k = op.axes(x)
+    experts, k2, columns = op.axes(w)
+    op.unify(experts, op.axis(offsets, 0))
+    op.names(experts, k2, columns)  # the kernel wants aligned rows
+    _contract(op, out, [rows, columns], x, w, (k, k2), rows, columns, op.space.new(1))
+
+
 @rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "convolution_overrideable")
 def convolution(op: Op) -> None:
     out, x, w, groups = op.outs[0], op.first("input", "self"), op.args["weight"], op.args["groups"]
@@ -112,6 +141,7 @@ def convolution(op: Op) -> None:
             macs=math.prod(out.shape) * inside.size * math.prod(w.shape[2:]),
             dims=(op.axis(x, 0), g, outside, inside),
             dense=inside.size > 1 or groups == 1,
+            spatial=math.prod(w.shape[2:]) > 1,
         )
     )
     op.set(out, [op.axis(x, 0), features, *space], mixes=inside.size > 1 or groups == 1)

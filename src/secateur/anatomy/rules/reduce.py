@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from secateur.anatomy.dims import Dim, Misaligned
 from secateur.anatomy.rules.base import Op, rule
 
@@ -53,6 +56,8 @@ def reduce(op: Op) -> None:
         else:
             axes = [d for i, d in enumerate(before) if i not in gone]
         op.set(out, axes)
+        if _holds_indices(out, source) and len(gone) == 1:
+            _picked(op, out, before[gone[0]], 1)
 
 
 @rule(
@@ -83,6 +88,9 @@ def along(op: Op) -> None:
             op.pin([axes[d]], "reduce")
     for out in op.outs:
         op.set(out, axes)
+    if op.name == "sort":
+        op.set_points(op.outs[0], op.points(source))
+        op.set_points(op.outs[1], op.axis(source, op.args["dim"]))
 
 
 @rule("topk", "kthvalue")
@@ -90,10 +98,21 @@ def topk(op: Op) -> None:
     source = op.args["self"]
     axes = list(op.axes(source))
     d = op.args["dim"]
-    op.pin([axes[d]], "reduce")
+    whole = axes[d]
+    op.pin([whole], "reduce")
     axes[d] = op.space.new(op.outs[0].shape[d])
     for out in op.outs:
         op.set(out, axes)
+    _picked(op, op.outs[1], whole, axes[d].size)
+
+
+def _holds_indices(out: Tensor, source: Tensor) -> bool:
+    return source.is_floating_point() and out.dtype == torch.int64
+
+
+def _picked(op: Op, indices: Tensor, axis: Dim, count: int) -> None:
+    op.set_points(indices, axis)
+    op.tracer.trace.picks.append((axis, count))
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")

@@ -56,6 +56,23 @@ def alias(op: Op) -> None:
     op.set_view(op.outs[0], op.axes(source), source, op.tracer.look(source).branch)
 
 
+@rule("view_as_complex", "view_as_complex_copy")
+def view_as_complex(op: Op) -> None:
+    """Pairs of numbers become one: rotary embeddings."""
+    source = op.args["self"]
+    *axes, pair = op.axes(source)
+    op.pin([pair], "indexed", "a pair of real and imaginary part")
+    op.set_view(op.outs[0], axes, source)
+
+
+@rule("view_as_real", "view_as_real_copy")
+def view_as_real(op: Op) -> None:
+    source = op.args["self"]
+    pair = op.space.new(2)
+    op.pin([pair], "indexed", "a pair of real and imaginary part")
+    op.set_view(op.outs[0], [*op.axes(source), pair], source)
+
+
 @rule("expand", "expand_copy")
 def expand(op: Op) -> None:
     source, out = op.args["self"], op.outs[0]
@@ -182,6 +199,10 @@ def cat(op: Op) -> None:
             op.unify(here[0], other)
         axes.append(here[0])
     op.set(out, axes)
+    targets = [op.space.find(t) for t in map(op.points, tensors) if t is not None]
+    if len(targets) == len(tensors) and len(set(targets)) == 1:
+        op.set_points(out, targets[0])
+        op.tracer.trace.picks.append((targets[0], out.shape[dim]))
 
 
 @rule("stack")
