@@ -225,7 +225,7 @@ def test_head_dimensions(name, tmp_path):
     assert distance(outputs(turned, x), outputs(model, x)) < 1e-4
     for kind in HEADS:
         assert sum(g.kind == kind for g in anatomy.cuttable.values()) == 2, kind
-    for seed, kinds in enumerate((("qk_dim",), ("vo_dim",), (*HEADS, "hidden", "kv_groups"))):
+    for seed, kinds in enumerate((("qk_dim",), ("vo_dim",), (*HEADS, "hidden", "kv_groups", "heads"))):
         loaded = check_cut(turned, anatomy, some(anatomy, kinds, seed), x, tmp_path / str(seed))
     generates(loaded, x)
 

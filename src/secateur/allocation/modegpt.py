@@ -24,8 +24,8 @@ def modegpt(problem: Problem) -> dict[str, int]:
     influence: dict[str, float] = problem.scores.meta.get("influence") or {}
     if not influence:
         raise BudgetError(
-            "allocator 'modegpt' needs the influence of blocks, which these scores do not hold: score with statistics "
-            "of a model with repeated blocks, or use 'uniform'"
+            "allocator 'modegpt' needs how much every block turns the stream: score with statistics of a model with "
+            "repeated blocks, or use 'uniform'"
         )
     eps, cap = float(problem.options.get("eps", 0.1)), float(problem.options.get("cap", 0.8))
     if eps <= 0 or not 0 < cap <= 1:

@@ -32,7 +32,8 @@ ROTATIONS: dict[str, Callable[[nn.Module, PrunableGroup, Tensor], Recipe] | None
     str(Kind.QK_DIM): None,  # rotary embeddings fix the basis; the dimensions can be cut as they are
 }
 
-TOLERANCE = 1e-3  # of the largest output, float32
+TOLERANCE = 1e-3  # of the largest output; in units of the last place where weights are of half precision
+LAST_PLACES = 16
 
 
 def rotate(
@@ -74,7 +75,8 @@ def _check(model: nn.Module, rotated: nn.Module, run: Callable[[nn.Module], Any]
         with torch.no_grad(), explicit_attention(each):
             outs.append([t.float() for t in tensors_in(run(each)) if t.is_floating_point()])
     worst = max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) for a, b in zip(*outs, strict=True))
-    if not worst <= TOLERANCE:
+    last = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    if not worst <= max(TOLERANCE, LAST_PLACES * last):
         raise AnatomyError(
             f"{type(model).__name__} cannot be rotated: its output would change by {worst:.1e}; something besides "
             "norms and the layers behind them reads the residual stream (norms after the addition, for example)"
