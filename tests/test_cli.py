@@ -17,7 +17,7 @@ import secateur as sc
 from conftest import TIMM, picture, run_command, write_pictures
 from secateur.models import example_input, features
 
-COMMANDS = ["inspect", "compress", "calibrate", "plan", "prune", "evaluate", "measure", "demo"]
+COMMANDS = ["inspect", "compress", "calibrate", "rotate", "plan", "prune", "evaluate", "measure", "demo"]
 QUICK = ("--images", "photos", "--batch-size", "8")
 
 

@@ -135,7 +135,7 @@ def test_every_allocator_plans_for_every_model(kind, allocator):
     model, anatomy, images, statistics = prepared(kind)
     scores = sc.score(statistics, "variance")
     data = sc.batches(images, sc.source_of(model).input, size=8)
-    if allocator == "cfsp" and not scores.blocks.numel():
+    if allocator in ("cfsp", "modegpt") and not scores.blocks.numel():
         with pytest.raises(sc.SecateurError, match="how much every block turns the stream"):
             sc.allocate(scores, 0.8, allocator)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,8 @@ from secateur.surgery import compensators
 from secateur.surgery import prune as _prune
 from secateur.surgery import prune_ as _prune_
 from secateur.surgery.cut import mark_as_cut, plan_of, recipe_of
+from secateur.surgery.rotation import ROTATIONS
+from secateur.surgery.rotation import rotate as _rotate
 from secateur.surgery.sequential import refit_
 
 
@@ -40,7 +42,7 @@ def inspect(
     """
     example = example_input(model) if example is None else example
     with doing("Finding what can be cut"):
-        return find_anatomy(model, example, forward or library_forward)
+        return find_anatomy(model, example, forward or library_forward, rotated=recipe_of(model).rotated)
 
 
 def calibrate(model: nn.Module, data: Any, anatomy: Anatomy | None = None, **options: Any) -> Statistics:
@@ -49,6 +51,41 @@ def calibrate(model: nn.Module, data: Any, anatomy: Anatomy | None = None, **opt
     statistics = _calibrate(model, data, anatomy, **options)
     statistics.model, statistics.anatomy = model, anatomy
     return statistics
+
+
+def rotate(
+    model: nn.Module,
+    stats: Statistics,
+    kinds: Collection[str] = ("residual",),
+    *,
+    anatomy: Anatomy | None = None,
+    example: Any = None,
+) -> nn.Module:
+    """A model that computes the same in another basis, in which the units that matter least come last.
+
+    Its groups of these kinds can be cut like any other (criterion "order" keeps the first ones); calibrate it anew for
+    compensators, which see the new basis.
+
+    Args:
+        model: the dense model, unchanged.
+        stats: of this model, from `calibrate(..., moments=kinds)`.
+        kinds: "residual": the residual stream in its principal components (SliceGPT); "vo_dim": values by the SVD with
+            their output projection (MoDeGPT); "qk_dim": pairs of query/key dimensions, which stay what they are.
+        anatomy: of this model; that of the statistics by default.
+        example: an input to check the result on; as for `inspect`.
+
+    Raises:
+        AnatomyError: the model has no such group, or cannot be rotated without changing what it computes.
+        DataError: the statistics lack the moments, or belong to another model.
+    """
+    unknown = sorted(set(kinds) - set(ROTATIONS))
+    if unknown or not kinds:
+        raise DataError(f"kind '{', '.join(unknown)}' cannot be rotated; use {', '.join(ROTATIONS)}")
+    if stats.meta.get("fingerprint", mark := fingerprint(model)) != mark:
+        raise DataError("these statistics belong to another model, or to other weights; calibrate this one")
+    anatomy = anatomy or stats.anatomy or inspect(model)
+    example = example_input(model) if example is None else example
+    return _rotate(model, stats, anatomy, tuple(kinds), lambda m: library_forward(m, example))
 
 
 def prune(model: nn.Module, plan: Plan, **options: Any) -> nn.Module:

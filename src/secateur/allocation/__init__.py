@@ -7,7 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from secateur.allocation import amp_bisect, cfsp, curve, flap, rank, uniform  # noqa: F401  (they register themselves)
+from secateur.allocation import (  # noqa: F401  (they register themselves)
+    amp_bisect,
+    cfsp,
+    curve,
+    flap,
+    modegpt,
+    rank,
+    uniform,
+)
 from secateur.allocation.base import Allocator, Problem, allocator, allocators, best_units
 from secateur.anatomy.types import Anatomy
 from secateur.criteria.score import Scores

@@ -68,7 +68,7 @@ class Problem:
 
     def allowed(self, group: PrunableGroup) -> list[int]:
         """Counts that a group may keep, ascending, the whole group included."""
-        align = self.align if group.kind in (Kind.HIDDEN, Kind.CHANNELS) else 1
+        align = self.align if group.kind in (Kind.HIDDEN, Kind.CHANNELS, Kind.RESIDUAL) else 1
         step = math.lcm(align, group.multiple)
         least = max(group.least, -(-int(self.floor * group.size * 1_000_000) // 1_000_000), min(step, group.size))
         counts = [k for k in range(step, group.size, step) if k >= least]

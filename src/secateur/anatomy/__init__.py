@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +17,20 @@ if TYPE_CHECKING:
 __all__ = ["CUT_KINDS", "Anatomy", "Consumer", "Kind", "PrunableGroup", "Slot", "find_anatomy"]
 
 
-def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> Anatomy:
+def find_anatomy(
+    model: nn.Module,
+    example: Any,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    rotated: Collection[str] = (),
+) -> Anatomy:
     """Find every PrunableGroup of a model by running it once, and prove on copies which can be cut.
 
     Args:
         model: any module; it is put in eval mode for the run and left as it was.
         example: an input, batch first; two examples are enough.
         forward: how to call the model on it; `model(example)` by default.
+        rotated: kinds of groups that the model was prepared for (`secateur.rotate`); they are proved and cut as well.
 
     Raises:
         AnatomyError: the model cannot be run on the example.
@@ -31,6 +38,8 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
     from secateur.anatomy.blocks import block_order, declared_groups
     from secateur.anatomy.costs import cost_terms, with_costs
     from secateur.anatomy.groups import Builder
+    from secateur.anatomy.headdims import renamed, with_head_dims
+    from secateur.anatomy.residual import with_streams
     from secateur.anatomy.twins import adopt_twins
     from secateur.anatomy.verify import Verifier
     from secateur.nn.attention import explicit_attention
@@ -50,6 +59,9 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
             groups = builder.build()
             leaves = builder.leaves
         groups = Verifier(model, forward, example, trace).prove(groups, leaves)
+        groups = with_streams(groups, leaves, trace, model, lambda m: forward(m, example), proved=rotated)
+        with explicit_attention(model):
+            groups, parts = with_head_dims(groups, leaves, trace, model, lambda m: forward(m, example), proved=rotated)
     except (RuntimeError, ValueError, TypeError) as e:
         raise AnatomyError(
             f"{type(model).__name__} could not be run on an input of shape "
@@ -59,6 +71,8 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
         for module, mode in modes:
             module.training = mode
     params, macs = cost_terms(trace, model, leaves)
+    params = renamed(params, [name for name, _ in model.named_parameters()], parts)
+    macs = renamed(macs, [event.module for event in trace.contractions], parts)
     groups = {n: with_costs(g, params, macs) for n, g in groups.items()}
     groups |= declared_groups(trace, model, params, macs)
     first = next(iter(tensors_in(example)), torch.empty(0))

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from secateur.anatomy.types import Kind, PrunableGroup
+from secateur.anatomy.types import Kind, PrunableGroup, Slot
 from secateur.nn.masking import mute_experts_, restrict_norm_, silence_
+from secateur.nn.narrow import INDEX
 from secateur.nn.params import get_tensor
 from secateur.nn.slicing import keep_mask
 
@@ -29,9 +30,8 @@ def mask_(root: nn.Module, cuts: Iterable[tuple[PrunableGroup, Tensor]]) -> None
         for path in group.norms:
             alive = keep_mask(_norm_units(group, path), keep, group.size)
             restricted[path] = restricted[path] & alive if path in restricted else alive
-        for slot in group.slots:
-            if slot.role == "consumer":
-                silence_(root, slot.name, slot.axis, ~keep_mask(slot.units, keep, group.size))
+        for slot in _silenced(group):
+            silence_(root, slot.name, slot.axis, ~keep_mask(slot.units, keep, group.size))
     for path, alive in restricted.items():
         restrict_norm_(root.get_submodule(path), alive)
 
@@ -39,8 +39,8 @@ def mask_(root: nn.Module, cuts: Iterable[tuple[PrunableGroup, Tensor]]) -> None
 @contextmanager
 def masked(root: nn.Module, cuts: Sequence[tuple[PrunableGroup, Tensor]]) -> Iterator[None]:
     """Within the context, units that are not kept are silent; see `mask_`."""
-    consumers = {s.name for group, _ in cuts for s in group.slots if s.role == "consumer"}
-    held = {name: get_tensor(root, name).detach().clone() for name in consumers}
+    silenced = {s.name for group, _ in cuts for s in _silenced(group)}
+    held = {name: get_tensor(root, name).detach().clone() for name in silenced}
     classes = {owner: type(owner) for group, _ in cuts for owner in [root.get_submodule(group.owner)]}
     norms = [root.get_submodule(path) for group, _ in cuts for path in group.norms]
     mask_(root, cuts)
@@ -54,6 +54,14 @@ def masked(root: nn.Module, cuts: Sequence[tuple[PrunableGroup, Tensor]]) -> Ite
             owner.__class__ = cls
         for norm in norms:
             norm.__dict__.pop("forward", None)
+
+
+def _silenced(group: PrunableGroup) -> list[Slot]:
+    """What is zeroed to silence a unit: what reads it; of the stream, and of heads, which no layer or several kinds of
+    layers read, all that it owns in the dense model."""
+    if group.kind is Kind.RESIDUAL or group.narrowing is not None:
+        return [s for s in group.slots if not s.name.endswith(INDEX)]
+    return [s for s in group.slots if s.role == "consumer"]
 
 
 def _norm_units(group: PrunableGroup, path: str) -> Tensor:

@@ -11,7 +11,9 @@ from functools import cached_property
 from torch import Tensor
 
 from secateur.errors import AnatomyError
+from secateur.nn.narrow import Narrowing
 from secateur.nn.slicing import AttrEdit
+from secateur.nn.stream import Stream
 
 
 class Kind(StrEnum):
@@ -30,6 +32,7 @@ class Kind(StrEnum):
 
 
 CUT_KINDS = frozenset({Kind.HIDDEN, Kind.CHANNELS, Kind.HEADS, Kind.KV_GROUPS, Kind.EXPERTS})
+DECOMPOSED_KINDS = frozenset({Kind.RESIDUAL, Kind.QK_DIM, Kind.VO_DIM})  # cut in a model that `rotate` has prepared
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ class PrunableGroup:
         rewritten: modules whose forward must be made free of the input width first, with their head counts.
         least: fewest units that may stay (a router takes so many experts for every token).
         multiple: how many units stay, if not all, is a multiple of this (a kernel wants aligned rows).
+        stream: its norms and scales, where the units are entries of the residual stream.
+        narrowing: how the owner is given head sizes of its own first, where the units are dimensions of heads.
     """
 
     name: str
@@ -129,6 +134,8 @@ class PrunableGroup:
     rewritten: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
     least: int = 1
     multiple: int = 1
+    stream: Stream = field(default_factory=Stream)
+    narrowing: Narrowing | None = None
 
     @property
     def cuttable(self) -> bool:

@@ -51,7 +51,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
         out = filled(build(source))  # some buffer is only made along with the weights
     for name, dtype in about.buffers.items():
         _retype_(out, name, dtype)
-    if plan is not None:
+    if plan is not None or recipe.rotated:
         mark_as_cut(out, recipe, plan)
     return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from secateur.calibration.checkpointing import checkpointed
 from secateur.calibration.collect import Collector, sliver_cut
 from secateur.calibration.distributed import add_over_ranks, merge_over_ranks, rank_and_world
 from secateur.calibration.losses import Loss, LossInput, losses
+from secateur.calibration.moments import MomentWatch
 from secateur.calibration.statistics import LayerSums, Statistics, TaylorSums
 from secateur.calibration.stream import StreamSums, StreamWatch
 from secateur.calibration.weights import WeightSums, WeightWatch
@@ -49,6 +50,7 @@ def calibrate(
     seed: int = 0,
     window: int = 256,
     stride: int | None = None,
+    moments: Collection[str] = (),
 ) -> Statistics:
     """Run the data through a model once and keep the sums that criteria, allocators and compensators need.
 
@@ -74,6 +76,7 @@ def calibrate(
         checkpointing: recompute activations in the backward pass, block by block.
         broken: largest share of unreadable images, or lines of text, to put up with.
         window, stride: of text, see `secateur.data.batches`.
+        moments: kinds of groups whose second moments `secateur.rotate` will need ("residual", "vo_dim").
 
     Raises:
         DataError: too few images, or a loss that this data or model cannot serve.
@@ -110,7 +113,7 @@ def calibrate(
     if not collector.watches:
         raise AnatomyError("the model has no group whose units can be observed; see `secateur inspect` for the reasons")
     device = next(model.parameters()).device
-    watch = StreamWatch(model, anatomy.blocks)
+    watch, kept = StreamWatch(model, anatomy.blocks), MomentWatch(model, anatomy, moments)
     weight_watch = WeightWatch(model, anatomy, weighed, lambda: collector.phase)
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
@@ -123,10 +126,11 @@ def calibrate(
         for i, (images, labels) in enumerate(track(reader.labelled(), "Calibrating", len(reader))):
             step_seed = seed * 1_000_003 + rank + i * world
             with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-                _one_batch(model, anatomy, collector, watch, chosen, images.to(device), labels, step_seed)
+                _one_batch(model, anatomy, collector, (watch, kept), chosen, images.to(device), labels, step_seed)
     statistics = collector.statistics
     statistics.weights, statistics.joint = weight_watch.sums, weight_watch.joint
     statistics.stream = watch.sums if anatomy.blocks else None
+    statistics.moments = kept.sums
     statistics.skipped = dict(reader.skipped)
     if world > 1:
         statistics.reduce_(add_over_ranks)
@@ -149,7 +153,7 @@ def _one_batch(
     model: nn.Module,
     anatomy: Anatomy,
     collector: Collector,
-    stream: StreamWatch,
+    watches: tuple[StreamWatch | MomentWatch, ...],
     chosen: dict[str, Loss],
     images: Tensor,
     labels: Tensor | None,
@@ -164,7 +168,9 @@ def _one_batch(
     plain = {n: x for n, x in usable.items() if not x.sliver}
     collector.phase = "forward"
     images = images if text else images.requires_grad_(bool(plain))
-    with torch.set_grad_enabled(bool(plain)), stream.watching():
+    with torch.set_grad_enabled(bool(plain)), ExitStack() as stack:
+        for watch in watches:
+            stack.enter_context(watch.watching())
         seen = features(model, images)
     _check(seen.embedding)
     for k, (name, loss) in enumerate(plain.items()):

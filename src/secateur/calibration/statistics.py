@@ -150,6 +150,7 @@ class Statistics:
         projected: by "<group>@<layer>": [U], sum over tokens of the L1 norm of what a unit of several features (a head)
             adds to the layer's output; where it was asked for.
         stream: how much the residual stream turns from block to block; None if the model has no repeated blocks.
+        moments: second moments by group name, for `secateur.rotate`; empty unless asked for.
         images: number of images (or windows of text) seen.
         skipped: name and reason of images that could not be read.
         meta: fingerprint of the model, token weighting, settings.
@@ -162,6 +163,7 @@ class Statistics:
     joint: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     projected: dict[str, Tensor] = field(default_factory=dict)
     stream: StreamSums | None = None
+    moments: dict[str, Tensor] = field(default_factory=dict)
     images: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
@@ -186,6 +188,7 @@ class Statistics:
         out |= {f"projected|{name}": t for name, t in self.projected.items()}
         if self.stream is not None:
             out |= {f"stream|{f.name}": getattr(self.stream, f.name) for f in fields(self.stream)}
+        out |= {f"moment|{name}": value for name, value in self.moments.items()}
         return out
 
     def reduce_(self, add: Callable[[Tensor], None]) -> None:
@@ -224,6 +227,8 @@ class Statistics:
                 layers.setdefault(rest[0], {})[rest[1]] = tensor
             elif kind == "stream":
                 stream[rest[0]] = tensor
+            elif kind == "moment":
+                out.moments[rest[0]] = tensor
             elif kind == "projected":
                 out.projected[rest[0]] = tensor
             elif kind == "joint":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from secateur.cli import calibrate, compress, demo, evaluate, exits, inspect, measure, plan, prune
+from secateur.cli import calibrate, compress, demo, evaluate, exits, inspect, measure, plan, prune, rotate
 
 app = typer.Typer(
     name="secateur",
@@ -18,6 +18,7 @@ for verb in (
     inspect.inspect,
     compress.compress,
     calibrate.calibrate,
+    rotate.rotate,
     plan.plan,
     prune.prune,
     evaluate.evaluate,

@@ -40,6 +40,12 @@ def calibrate(
     ] = "features,entropy",
     covariance: Annotated[bool, typer.Option(help="Collect covariances.", rich_help_panel=METHOD)] = True,
     dtype: Annotated[str, typer.Option(help="Arithmetic: float32 or bfloat16.", rich_help_panel=METHOD)] = "float32",
+    moments: Annotated[
+        str | None,
+        typer.Option(
+            help="Also what `secateur rotate` needs for these kinds, e.g. residual,vo_dim.", rich_help_panel=METHOD
+        ),
+    ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute activations to save memory.", rich_help_panel=METHOD)
     ] = False,
@@ -81,6 +87,7 @@ def calibrate(
         window=window,
         stride=stride,
         dtype=dtype,
+        moments=listed(moments) or (),
         checkpointing=checkpointing,
         broken=broken,
         seed=seed,

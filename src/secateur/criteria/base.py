@@ -151,6 +151,7 @@ class Criterion:
         losses: it needs the gradients of these losses.
         weights: it needs weight x gradient sums of these losses.
         projected: it needs what every head adds to its layer's output.
+        moments: it scores query/key dimensions as well, which no layer reads.
         weighting: its covariances are better weighted by how much a token matters.
         options: names of the options it reads.
     """
@@ -163,6 +164,7 @@ class Criterion:
     options: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     projected: bool = False
+    moments: bool = False
 
 
 criteria: Registry[Criterion] = Registry("criterion")
@@ -176,13 +178,14 @@ def criterion(
     losses: tuple[str, ...] = (),
     weighting: str | None = None,
     options: tuple[str, ...] = (),
+    moments: bool = False,
     weights: tuple[str, ...] = (),
     projected: bool = False,
 ) -> Callable[[Callable[[GroupView], Tensor]], Callable[[GroupView], Tensor]]:
     """Decorator: register a function from `GroupView` to [U] scores as a criterion."""
 
     def add(function: Callable[[GroupView], Tensor]) -> Callable[[GroupView], Tensor]:
-        rule = Criterion(function, data, covariance, losses, weighting, options, weights, projected)
+        rule = Criterion(function, data, covariance, losses, weighting, options, weights, projected, moments)
         criteria.register(name)(rule)
         return function
 

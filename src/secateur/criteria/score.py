@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.anatomy.types import Anatomy
+from secateur.anatomy.types import Anatomy, Kind
 from secateur.calibration.statistics import Statistics
 from secateur.criteria.base import Criterion, GroupView, criteria
 from secateur.criteria.curves import error_curve
@@ -105,12 +105,14 @@ def score(
         raise DataError("these statistics belong to another model, or to other weights; calibrate this one")
     out = Scores({}, meta={"criterion": criterion, "options": options, "fingerprint": mark}, anatomy=anatomy)
     if statistics is not None and statistics.stream is not None and float(statistics.stream.count) > 0:
+        out.meta["influence"] = dict(zip(anatomy.blocks, statistics.stream.influence().tolist(), strict=True))
         out.blocks = statistics.stream.influence(angular=True)
     wanted = set(anatomy.cuttable if groups is None else groups)
     todo = [g for n, g in anatomy.cuttable.items() if n in wanted]
     for group in track(todo, f"Scoring ({criterion})"):
         view = GroupView(group, model, statistics, seed, dict(options))
-        if rule.data and not any(r.sums is not None for r in view.readings()):
+        unread = rule.moments and group.kind is Kind.QK_DIM
+        if rule.data and not unread and not any(r.sums is not None for r in view.readings()):
             continue  # not observable: stays whole
         values = rule.score(view).float()
         if not torch.isfinite(values).all():

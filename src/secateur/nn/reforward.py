@@ -16,6 +16,7 @@ import ast
 import inspect
 import linecache
 import textwrap
+from collections.abc import Callable
 from types import FunctionType
 
 from torch import nn
@@ -33,22 +34,33 @@ def reforward_(module: nn.Module, heads: dict[str, int]) -> bool:
     Returns:
         Whether anything was rewritten.
     """
-    cls = type(module)
+    methods = rewritten_methods(type(module), lambda function: _Rewriter(_shape_names(function), heads))
+    if not methods:
+        return False
+    module.__class__ = type(f"Widthfree{type(module).__name__}", (type(module),), dict(methods))
+    return True
+
+
+class Rewriter(ast.NodeTransformer):
+    """Changes a function's source; `changed` says whether it did."""
+
+    changed = False
+
+
+def rewritten_methods(cls: type, rewriter: Callable[[ast.FunctionDef], Rewriter]) -> dict[str, FunctionType]:
+    """New versions of those methods of a class that a rewriter changes, by name."""
     methods: dict[str, FunctionType] = {}
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, function in vars(base).items():
             if isinstance(function, FunctionType) and name not in methods and not name.startswith("__"):
-                new = _rewrite(function, base, heads)
+                new = _rewrite(function, base, rewriter)
                 if new is not None:
                     methods[name] = new
-    if not methods:
-        return False
-    module.__class__ = type(f"Widthfree{cls.__name__}", (cls,), dict(methods))
-    return True
+    return methods
 
 
-def _rewrite(method: FunctionType, cls: type, heads: dict[str, int]) -> FunctionType | None:
-    """The method with its reshapes freed, or None if it has none that need it."""
+def _rewrite(method: FunctionType, cls: type, make: Callable[[ast.FunctionDef], Rewriter]) -> FunctionType | None:
+    """The method as a rewriter changes it, or None if it does not."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError):
@@ -56,7 +68,7 @@ def _rewrite(method: FunctionType, cls: type, heads: dict[str, int]) -> Function
     function = tree.body[0]
     if not isinstance(function, ast.FunctionDef) or function.decorator_list:
         return None
-    rewriter = _Rewriter(_shape_names(function), heads)
+    rewriter = make(function)
     rewriter.visit(tree)
     if not rewriter.changed:
         return None
@@ -94,9 +106,9 @@ def _is_minus_one(node: ast.expr) -> bool:
     return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and ast.unparse(node) == "-1"
 
 
-class _Rewriter(ast.NodeTransformer):
+class _Rewriter(Rewriter):
     def __init__(self, names: set[str], heads: dict[str, int]) -> None:
-        self.names, self.heads, self.changed = names, heads, False
+        self.names, self.heads = names, heads
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         """`C // self.num_heads` is the head size: keep it what it was."""

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur.anatomy.masked import mask_
+from secateur.anatomy.residual import narrow_stream_
 from secateur.anatomy.types import Anatomy, Consumer, PrunableGroup
 from secateur.calibration.statistics import Statistics
 from secateur.errors import DataError, PlanError
 from secateur.fingerprint import fingerprint
 from secateur.nn.attention import HeadwiseAttention
 from secateur.nn.localconfig import own_sizes
+from secateur.nn.narrow import Narrowing, narrow_
 from secateur.nn.params import get_tensor
 from secateur.nn.reforward import reforward_
 from secateur.nn.slicing import finish_, keep_mask, slice_tensors_
@@ -114,6 +116,11 @@ def prune_(
     rewritten = {path: dict(heads) for group, _ in cuts.values() for path, heads in group.rewritten}
     for path, heads in rewritten.items():
         reforward_(model.get_submodule(path), heads)
+    narrowed = list(dict.fromkeys(group.narrowing for group, _ in cuts.values() if group.narrowing is not None))
+    for how in narrowed:
+        narrow_(model, how)
+    for group, keep in cuts.values():
+        narrow_stream_(model, group, len(keep))
     masks = tensor_masks(cuts)
     for name in added:  # a new bias follows its layer's outputs
         axis_masks = masks.get(f"{name.rpartition('.')[0]}.weight", {})
@@ -123,7 +130,7 @@ def prune_(
     slice_tensors_(model, masks)
     edits = [(edit, group.size - len(keep)) for group, keep in cuts.values() for edit in group.edits]
     finish_(model, masks, edits)
-    recipe = _recipe(model, before, masks, rewritten, added)
+    recipe = recipe_of(model).then(_recipe(model, before, masks, rewritten, added, cuts, narrowed))
     object.__setattr__(model, _RECIPE, recipe)
     object.__setattr__(model, _PLAN, plan)
     return model
@@ -165,8 +172,8 @@ def plan_of(model: nn.Module) -> Plan | None:
     return getattr(model, _PLAN, None)
 
 
-def mark_as_cut(model: nn.Module, recipe: Recipe, plan: Plan) -> None:
-    """Remember where a model came from (used by loading)."""
+def mark_as_cut(model: nn.Module, recipe: Recipe, plan: Plan | None) -> None:
+    """Remember what was done to a model (used by loading, and by rotations, which have no plan)."""
     object.__setattr__(model, _RECIPE, recipe)
     object.__setattr__(model, _PLAN, plan)
 
@@ -192,6 +199,8 @@ def _recipe(
     masks: Mapping[str, Any],
     rewritten: dict[str, dict[str, int]],
     added: list[str],
+    cuts: Mapping[str, tuple[PrunableGroup, Tensor]],
+    narrowed: list[Narrowing],
 ) -> Recipe:
     changed = [
         (path, name, list(value) if isinstance(value, (tuple, list)) else value)
@@ -205,4 +214,11 @@ def _recipe(
         headwise=[p for p, m in model.named_modules() if type(m) is HeadwiseAttention],
         rewritten=list(rewritten.items()),
         biases=added,
+        narrowed=narrowed,
+        eps=[
+            (norm.module, norm.eps, getattr(model.get_submodule(norm.module), norm.eps))
+            for group, _ in cuts.values()
+            for norm in group.stream.norms
+            if norm.eps
+        ],
     )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import nn
 
 from secateur.errors import ArtifactError
 from secateur.nn.attention import HeadwiseAttention
 from secateur.nn.localconfig import PREFIX, get_size, set_size
+from secateur.nn.narrow import Narrowing, narrow_
 from secateur.nn.params import get_tensor, owner_of, set_tensor, sync_attributes
 from secateur.nn.reforward import reforward_
+from secateur.nn.stream import mix_, uncentre_
 
 
 class Recipe(BaseModel):
@@ -23,6 +25,11 @@ class Recipe(BaseModel):
         headwise: modules of class nn.MultiheadAttention that became HeadwiseAttention.
         rewritten: modules whose reshapes were freed of the input width, with their dense head counts.
         biases: names of biases that were added.
+        rotated: kinds of groups that the model was prepared for by `rotate`.
+        mixed: norms followed by a matrix since.
+        uncentred: layer norms that no longer subtract the mean.
+        narrowed: how attention modules were given head sizes of their own.
+        eps: [module, attribute, value] of norms whose stream became narrower.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,6 +38,22 @@ class Recipe(BaseModel):
     headwise: list[str] = Field(default_factory=list)
     rewritten: list[tuple[str, dict[str, int]]] = Field(default_factory=list)
     biases: list[str] = Field(default_factory=list)
+    rotated: list[str] = Field(default_factory=list)
+    mixed: list[str] = Field(default_factory=list)
+    uncentred: list[str] = Field(default_factory=list)
+    narrowed: list[Narrowing] = Field(default_factory=list)
+    eps: list[tuple[str, str, FiniteFloat]] = Field(default_factory=list)
+
+    def then(self, after: Recipe) -> Recipe:
+        """Both changes in one, this one first."""
+        data, more = self.model_dump(), after.model_dump()
+        data["shapes"] |= more.pop("shapes")
+        for name, values in more.items():
+            # What the second sets anew, it sets for good.
+            replaced = {tuple(v[:2]) for v in values} if name in ("attributes", "eps") else set()
+            kept = [v for v in data[name] if v not in values and not (replaced and tuple(v[:2]) in replaced)]
+            data[name] = [*kept, *values]
+        return Recipe.model_validate(data)
 
     @classmethod
     def from_data(cls, data: Any, where: str) -> Recipe:
@@ -53,6 +76,11 @@ class Recipe(BaseModel):
                     raise ArtifactError(
                         f"'{path}' cannot be rewritten; was its library upgraded since the model was cut?"
                     )
+            for how in self.narrowed:
+                if not narrow_(model, how):
+                    raise ArtifactError(
+                        f"'{how.module}' cannot be narrowed; was its library upgraded since the model was cut?"
+                    )
             for path, attribute, value in self.attributes:
                 module = model.get_submodule(path)
                 old = get_size(module, attribute)
@@ -63,6 +91,15 @@ class Recipe(BaseModel):
                 if type(attention) is not nn.MultiheadAttention:
                     raise ArtifactError(f"'{path}' is a {type(attention).__name__}, expected nn.MultiheadAttention")
                 attention.__class__ = HeadwiseAttention
+            for path in self.mixed:
+                mix_(model.get_submodule(path))
+            for path in self.uncentred:
+                if not uncentre_(model.get_submodule(path)):
+                    raise ArtifactError(f"'{path}' is a {type(model.get_submodule(path)).__name__}, expected LayerNorm")
+            for path, attribute, eps in self.eps:
+                if "eps" not in attribute or not isinstance(getattr(model.get_submodule(path), attribute), float):
+                    raise ArtifactError(f"refusing to set '{path}.{attribute}': it is not a norm's epsilon")
+                setattr(model.get_submodule(path), attribute, eps)
             for name, shape in self.shapes.items():
                 old = get_tensor(model, name)
                 set_tensor(model, name, old.new_zeros(shape))

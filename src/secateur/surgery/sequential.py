@@ -256,11 +256,12 @@ def refit_layer(
         goal = runner.spool.get((path, index))
         images = batch.shape[0]
         h_BPN, y_BPD = rows(h, consumer, images), rows(y, consumer, images)
+        goal_BPD = rows(goal if residual is None else as_output(goal, residual), consumer, images)
+        goal_BPD = goal_BPD if target.outputs is None else goal_BPD[..., target.outputs]
         if residual is not None:
-            gap_BPD = rows(as_output(goal - seen, residual), consumer, images) / scale
+            gap_BPD = (goal_BPD - rows(as_output(seen, residual), consumer, images)) / scale
         else:
-            goal_BPD = rows(goal, consumer, images)
-            gap_BPD = (goal_BPD if target.outputs is None else goal_BPD[..., target.outputs]) - y_BPD
+            gap_BPD = goal_BPD - y_BPD
         weights = energy if energy is not None and len(energy) == h_BPN.shape[1] else None
         moments.add(h_BPN, gap_BPD, weights)
         runner.spool.drop((path, index))

@@ -49,6 +49,13 @@ def squeeze(op: Op) -> None:
     op.set_view(out, op.space.regroup([d for d in op.axes(source) if d.size != 1], out.shape), source)
 
 
+@rule("alias", "detach")
+def alias(op: Op) -> None:
+    """The same tensor again (`x[:, 0:]`)."""
+    source = op.args["self"]
+    op.set_view(op.outs[0], op.axes(source), source, op.tracer.look(source).branch)
+
+
 @rule("view_as_complex", "view_as_complex_copy")
 def view_as_complex(op: Op) -> None:
     """Pairs of numbers become one: rotary embeddings."""
