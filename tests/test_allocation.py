@@ -151,5 +151,5 @@ def test_group_smaller_than_the_alignment_stays_whole():
 
 
 def test_every_allocator_is_listed():
-    assert sc.list_allocators() == ["amp-bisect", "curve", "global", "uniform"]
+    assert sc.list_allocators() == ["amp-bisect", "contiguous", "curve", "global", "uniform"]
     assert allocators.get("curve").curves

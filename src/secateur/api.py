@@ -21,7 +21,8 @@ from secateur.progress import doing
 from secateur.surgery import compensators
 from secateur.surgery import prune as _prune
 from secateur.surgery import prune_ as _prune_
-from secateur.surgery.cut import mark_as_cut, plan_of, recipe_of
+from secateur.surgery.cut import check_plan, mark_as_cut, recipe_of
+from secateur.surgery.depth import absentees, remove_blocks_, split, standing_aside
 from secateur.surgery.sequential import refit_
 
 
@@ -122,14 +123,18 @@ def _cut(
         raise DataError(f"compensator '{compensate}' reads the calibration images again: give data= (--images)")
     if function is _prune_:
         raise DataError(f"compensator '{compensate}' needs the dense model beside the cut one: use prune, not prune_")
+    width, depth = split(check_plan(model, plan, anatomy))
+    widths = plan.model_copy(update={"groups": {n: plan.groups[n] for n in width}})
     small = function(
-        model, plan, anatomy=anatomy, compensate=compensate, statistics=stats, ridge=ridge, add_bias=add_bias
+        model, widths, anatomy=anatomy, compensate=compensate, statistics=stats, ridge=ridge, add_bias=add_bias
     )
     images = batches(
         data, source_of(model).input, size=batch_size, limit=limit, seed=seed, window=window, stride=stride
     )
-    added = refit_(small, model, anatomy, images, statistics=stats, add_bias=add_bias)
+    with standing_aside(small, depth):  # blocks go last: what stays makes up for them as for anything else
+        gone = tuple(absentees(depth))
+        added = refit_(small, model, anatomy, images, statistics=stats, add_bias=add_bias, absent=gone)
     recipe = recipe_of(small)
     recipe.biases.extend(name for name in added if name not in recipe.biases)
-    mark_as_cut(small, recipe, plan_of(small) or plan)
+    mark_as_cut(small, remove_blocks_(small, depth, recipe), plan)
     return small

@@ -25,7 +25,7 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
     Raises:
         AnatomyError: the model cannot be run on the example.
     """
-    from secateur.anatomy.blocks import block_groups, block_order
+    from secateur.anatomy.blocks import block_groups, block_order, in_blocks, with_block_costs
     from secateur.anatomy.costs import cost_terms, with_costs
     from secateur.anatomy.groups import Builder
     from secateur.anatomy.trace import trace_model
@@ -46,6 +46,7 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
             groups = builder.build()
             leaves = builder.leaves
         groups = Verifier(model, forward, example, trace).prove(groups, leaves)
+        stacks = block_groups(trace, model, forward, example)
     except (RuntimeError, ValueError, TypeError) as e:
         raise AnatomyError(
             f"{type(model).__name__} could not be run on an input of shape "
@@ -56,7 +57,12 @@ def find_anatomy(model: nn.Module, example: Any, forward: Callable[[nn.Module, A
             module.training = mode
     params, macs = cost_terms(trace, model, leaves)
     groups = {n: with_costs(g, params, macs) for n, g in groups.items()}
-    groups |= block_groups(trace, model, params, macs)
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    params = in_blocks(params, [tied[id(p)] for p in model.parameters()], stacks)
+    macs = in_blocks(macs, [[event.module] for event in trace.contractions], stacks)
+    groups |= with_block_costs(stacks, params, macs)
     first = next(iter(tensors_in(example)), torch.empty(0))
     return Anatomy(
         groups=groups,

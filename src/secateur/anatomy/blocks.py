@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
 from torch import nn
 
+from secateur.anatomy.stacks import find_stack
 from secateur.anatomy.trace import Trace
 from secateur.anatomy.types import CostTerm, Kind, PrunableGroup
-
-REASON = "whole blocks are declared, but not cut by slicing"
 
 
 def repeated_blocks(trace: Trace, model: nn.Module) -> dict[str, list[str]]:
@@ -41,18 +44,16 @@ def block_order(trace: Trace, model: nn.Module) -> tuple[str, ...]:
 
 
 def block_groups(
-    trace: Trace, model: nn.Module, params: tuple[CostTerm, ...], macs: tuple[CostTerm, ...]
+    trace: Trace, model: nn.Module, forward: Callable[[nn.Module, Any], Any], example: Any
 ) -> dict[str, PrunableGroup]:
-    """A group of kind BLOCKS for every stack of repeated blocks."""
+    """A group of kind BLOCKS for every stack of repeated blocks, without its cost.
+
+    Args:
+        forward: how to call the model, in eval mode, on the example.
+    """
     out = {}
     for path, members in repeated_blocks(trace, model).items():
-        weight = sum(p.numel() for m in members for p in model.get_submodule(m).parameters())
-        inside = tuple(m + "." for m in members)
-        work = sum(
-            term.amount
-            for term, event in zip(macs, trace.contractions, strict=True)
-            if (event.module + ".").startswith(inside)
-        )
+        stack, fixed, reason = find_stack(trace, model, forward, example, path, members)
         name = f"{path}:{Kind.BLOCKS}"
         out[name] = PrunableGroup(
             name=name,
@@ -60,8 +61,40 @@ def block_groups(
             size=len(members),
             owner=path,
             slots=(),
-            reason=REASON,
-            unit_params=weight / len(members),
-            unit_macs=work / len(members),
+            reason=reason,
+            stack=stack,
+            fixed=() if reason else tuple(fixed),
         )
     return out
+
+
+def in_blocks(
+    terms: tuple[CostTerm, ...], names: Sequence[Collection[str]], groups: Mapping[str, PrunableGroup]
+) -> tuple[CostTerm, ...]:
+    """Cost terms that know the blocks they lie in.
+
+    Args:
+        names: for each term, the dotted names of what costs: of a tensor all names, of a contraction its module.
+        groups: of kind BLOCKS.
+    """
+    places = [(g.name, i, m + ".") for g in groups.values() if g.stack for i, m in enumerate(g.stack.members)]
+
+    def of(term_names: Collection[str]) -> tuple[tuple[tuple[str, int], ...], ...]:
+        inside = [tuple((g, i) for g, i, m in places if f"{n}.".startswith(m)) for n in term_names]
+        return tuple(inside) if all(inside) else ()
+
+    return tuple(replace(term, blocks=of(n)) for term, n in zip(terms, names, strict=True))
+
+
+def with_block_costs(
+    groups: dict[str, PrunableGroup], params: tuple[CostTerm, ...], macs: tuple[CostTerm, ...]
+) -> dict[str, PrunableGroup]:
+    """The groups with the mean cost of a block."""
+
+    def mean(terms: tuple[CostTerm, ...], group: PrunableGroup) -> float:
+        mine = (t.amount for t in terms if any(n == group.name for inside in t.blocks for n, _ in inside))
+        return sum(mine) / group.size
+
+    return {
+        n: replace(g, unit_params=mean(params, g), unit_macs=mean(macs, g)) if g.stack else g for n, g in groups.items()
+    }

@@ -97,7 +97,7 @@ def calibrate(
         losses=names,
         again=first if checkpointing else None,
     )
-    if not collector.watches:
+    if not collector.watches and not anatomy.removable:
         raise AnatomyError("the model has no group whose units can be observed; see `secateur inspect` for the reasons")
     device = next(model.parameters()).device
     watch = StreamWatch(model, anatomy.blocks)

@@ -30,17 +30,21 @@ class Scores:
             refit; only where covariances and gradients were collected.
         meta: criterion, options and fingerprint of the model.
         anatomy: of the model (not saved).
+        between: by group of whole blocks, [U + 1, U + 1], how far the stream turns from before block i to before
+            block j.
     """
 
     values: dict[str, Tensor]
     curves: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     anatomy: Anatomy | None = field(default=None, repr=False)
+    between: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write safetensors; atomic."""
         tensors = {f"value|{k}": v for k, v in self.values.items()}
         tensors |= {f"curve|{k}": v for k, v in self.curves.items()}
+        tensors |= {f"between|{k}": v for k, v in self.between.items()}
         write_tensors(path, "scores", self.meta, tensors)
 
     @classmethod
@@ -54,11 +58,11 @@ class Scores:
 
     @classmethod
     def _of(cls, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Scores:
-        parts: dict[str, dict[str, Tensor]] = {"value": {}, "curve": {}}
+        parts: dict[str, dict[str, Tensor]] = {"value": {}, "curve": {}, "between": {}}
         for name, tensor in tensors.items():
             kind, _, group = name.partition("|")
             parts[kind][group] = tensor
-        return cls(parts["value"], parts["curve"], meta)
+        return cls(parts["value"], parts["curve"], meta, between=parts["between"])
 
 
 def score(
@@ -71,7 +75,7 @@ def score(
     seed: int = 0,
     **options: float | str,
 ) -> Scores:
-    """Score every cuttable group of a model.
+    """Score every cuttable group of a model: with a criterion of whole blocks its stacks, else all others.
 
     Args:
         statistics: of this model; None for criteria that need no data.
@@ -98,11 +102,12 @@ def score(
     if statistics is not None and statistics.meta.get("fingerprint", mark) != mark:
         raise DataError("these statistics belong to another model, or to other weights; calibrate this one")
     out = Scores({}, meta={"criterion": criterion, "options": options, "fingerprint": mark}, anatomy=anatomy)
-    wanted = set(anatomy.cuttable if groups is None else groups)
-    todo = [g for n, g in anatomy.cuttable.items() if n in wanted]
+    every = anatomy.removable if rule.blocks else anatomy.cuttable
+    wanted = set(every if groups is None else groups)
+    todo = [g for n, g in every.items() if n in wanted]
     for group in track(todo, f"Scoring ({criterion})"):
-        view = GroupView(group, model, statistics, seed, dict(options))
-        if rule.data and not any(r.sums is not None for r in view.readings()):
+        view = GroupView(group, model, statistics, seed, dict(options), anatomy.blocks)
+        if rule.data and not rule.blocks and not any(r.sums is not None for r in view.readings()):
             continue  # not observable: stays whole
         values = rule.score(view).float()
         if not torch.isfinite(values).all():
@@ -110,6 +115,9 @@ def score(
                 f"criterion '{criterion}' gave NaN or infinite scores for '{group.name}'; check the weights"
             )
         out.values[group.name] = values
+        if rule.between is not None:
+            out.between[group.name] = rule.between(view).float()
+            continue
         curve = error_curve(view, values)
         if curve is not None:
             out.curves[group.name] = curve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,12 +12,34 @@ from secateur.errors import ArtifactError
 from secateur.nn.attention import HeadwiseAttention
 from secateur.nn.params import get_tensor, owner_of, set_tensor, sync_attributes
 from secateur.nn.reforward import reforward_
+from secateur.nn.replacement import Structure, replacement
+from secateur.nn.stack import Stack, remove_
+
+
+class BlockCut(BaseModel):
+    """Blocks that were removed from one container.
+
+    Attributes:
+        stack: the container as it was, and what counts its blocks.
+        keep: indices of the blocks that stay.
+        replaced: what took the place of removed blocks, by index.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    stack: Stack
+    keep: list[int]
+    replaced: dict[int, Structure] = Field(default_factory=dict)
+
+    def apply_(self, model: nn.Module) -> Callable[[str], str | None]:
+        """Remove them, in place; see `secateur.nn.stack.remove_`. Replacements are left to be filled."""
+        return remove_(model, self.stack, self.keep, {i: replacement(s) for i, s in self.replaced.items()})
 
 
 class Recipe(BaseModel):
-    """Structural changes, in terms of the dense skeleton.
+    """Structural changes; blocks are removed first, all other names are those after that.
 
     Attributes:
+        blocks: removed blocks, in the order in which they went, each in terms of the names then.
         shapes: new shape of every parameter and buffer that changed.
         attributes: [module, attribute, value] of every size attribute that changed.
         headwise: modules of class nn.MultiheadAttention that became HeadwiseAttention.
@@ -25,6 +48,7 @@ class Recipe(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
+    blocks: list[BlockCut] = Field(default_factory=list)
     shapes: dict[str, list[int]] = Field(default_factory=dict)
     attributes: list[tuple[str, str, int | list[int]]] = Field(default_factory=list)
     headwise: list[str] = Field(default_factory=list)
@@ -40,6 +64,21 @@ class Recipe(BaseModel):
             at = ".".join(str(x) for x in first["loc"])
             raise ArtifactError(f"{where} is damaged at '{at}': {first['msg']}") from e
 
+    def without(self, cut: BlockCut, rename: Callable[[str], str | None]) -> Recipe:
+        """The recipe with more blocks removed after all else."""
+
+        def named(path: str) -> str:
+            return rename(path) or ""
+
+        return Recipe(
+            blocks=[*self.blocks, cut],
+            shapes={named(n): s for n, s in self.shapes.items() if rename(n) is not None},
+            attributes=[(named(p), a, v) for p, a, v in self.attributes if rename(p) is not None],
+            headwise=[named(p) for p in self.headwise if rename(p) is not None],
+            rewritten=[(named(p), heads) for p, heads in self.rewritten if rename(p) is not None],
+            biases=[named(n) for n in self.biases if rename(n) is not None],
+        )
+
     def apply_(self, model: nn.Module) -> nn.Module:
         """Give a dense skeleton the cut structure, in place; weights are left to be loaded.
 
@@ -47,6 +86,8 @@ class Recipe(BaseModel):
             ArtifactError: the skeleton is not the one this recipe was written for.
         """
         try:
+            for cut in self.blocks:
+                cut.apply_(model)
             for path, heads in self.rewritten:
                 if not reforward_(model.get_submodule(path), dict(heads)):
                     raise ArtifactError(

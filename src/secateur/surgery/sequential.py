@@ -69,6 +69,7 @@ def refit_(
     statistics: Statistics | None = None,
     power: float = 0.5,
     add_bias: bool = True,
+    absent: tuple[str, ...] = (),
 ) -> list[str]:
     """Refit, in place and in order of execution, every layer of a cut model that can be.
 
@@ -80,10 +81,12 @@ def refit_(
         statistics: of the dense model, for the weights of positions.
         power: exponent of the gradient energy in a position's weight.
         add_bias: give layers without a bias one.
+        absent: paths of blocks that stand aside in the cut model.
 
     Returns:
         Names of biases that were added.
     """
+    lost = tuple(f"{path}." for path in absent)
     with explicit_attention(dense), explicit_attention(small):
         first = next(iter(data))
         prefixes = {"dense": Prefix(dense, anatomy.blocks, forward), "cut": Prefix(small, anatomy.blocks, forward)}
@@ -96,6 +99,7 @@ def refit_(
         targets = [
             replace(t, outputs=masks.get(t.consumer.weight, {}).get(1 - t.consumer.axis))
             for t in _targets(dense, anatomy, first)
+            if not t.consumer.module.startswith(lost)
         ]
         stages = sorted({t.stage for t in targets})
         added: list[str] = []
