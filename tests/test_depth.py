@@ -1,10 +1,13 @@
 """Whole blocks: removing them, what that costs, choosing them, and putting something cheaper in their place."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import secateur as sc
-from secateur.errors import PlanError
+from secateur.errors import BudgetError, PlanError
 from secateur.plan import Kept, Plan
 
 TEXT = {"window": 16}
@@ -182,3 +185,165 @@ def test_blocks_that_are_added_outside_are_refused_with_a_reason():
     anatomy = sc.inspect(Features(), torch.randn(2, 5, 8))
     assert not anatomy.removable
     assert [g.reason for g in anatomy.groups.values() if g.kind == "blocks"]
+
+
+SCORED = {"block-influence": "cosine", "angular": "angle"}
+
+
+@pytest.fixture(scope="module")
+def language_model(language):
+    """The tiny LLaMA, with five blocks that differ in how much they do."""
+    import transformers as t
+
+    folder = language.parent / "llama-5"
+    torch.manual_seed(0)
+    model = t.LlamaForCausalLM(t.LlamaConfig(**SIZE, **HEADS, num_hidden_layers=5))
+    with torch.no_grad():
+        for block, scale in zip(model.model.layers, (1, 0.3, 0.02, 0.05, 0.8), strict=True):
+            for p in (block.mlp.down_proj.weight, block.self_attn.o_proj.weight):
+                p.normal_(0, scale * p.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    for file in language.glob("token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(language_model, text_file):
+    model = sc.load_model(language_model)
+    return model, sc.calibrate(model, text_file, loss=(), covariance=False, limit=16, **TEXT)
+
+
+@pytest.mark.parametrize("criterion", SCORED)
+def test_scores_of_blocks(calibrated, criterion):
+    _, statistics = calibrated
+    scores = sc.score(statistics, criterion)
+    assert set(scores.values) == set(scores.between) == {"model.layers:blocks"}
+    expected = statistics.stream.influence(angular=criterion == "angular")
+    torch.testing.assert_close(scores.values["model.layers:blocks"], expected)
+    assert scores.values["model.layers:blocks"].argsort()[:2].tolist() == [2, 3]
+    two = statistics.stream.influence(2, angular=criterion == "angular")
+    torch.testing.assert_close(scores.between["model.layers:blocks"].diagonal(2), two)
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "global", "contiguous"])
+def test_allocators_choose_blocks_within_the_budget(calibrated, allocator, tmp_path):
+    model, statistics = calibrated
+    scores = sc.score(statistics, "angular")
+    scores.save(tmp_path / "scores.safetensors")
+    scores = sc.Scores.load(tmp_path / "scores.safetensors")
+    plan = sc.allocate(scores, 0.7, allocator, anatomy=sc.inspect(model))
+    keep = plan.groups["model.layers:blocks"].keep
+    assert not {2, 3} & set(keep)
+    small = sc.prune(model, plan, compensate="none")
+    assert sc.parameters(small) == plan.predicted["params"] <= 0.7 * sc.parameters(model)
+    if allocator == "contiguous":
+        gone = sorted(set(range(5)) - set(keep))
+        assert gone == list(range(gone[0], gone[0] + len(gone)))
+
+
+def test_methods_that_do_not_fit_are_refused(calibrated, language_model, text_file):
+    _, statistics = calibrated
+    with pytest.raises(BudgetError, match=r"cannot choose among whole blocks; use one of contiguous, global, uniform"):
+        sc.allocate(sc.score(statistics, "angular"), 0.7, "curve")
+    with pytest.raises(BudgetError, match="'obs' scores no whole blocks: use block-influence or angular"):
+        sc.compress(language_model, text_file, keep_params=0.7, kinds=("blocks",), criterion="obs", **TEXT)
+
+
+@pytest.mark.parametrize("compensator", ["none", "sequential"])
+def test_compress(language_model, text_file, tmp_path, compensator):
+    options = {"kinds": ("blocks",), "compensator": compensator, "limit": 16, "held_out": 8, "measure": False}
+    result = sc.compress(language_model, text_file, keep_params=0.7, out=tmp_path / "small", **options, **TEXT)
+    assert set(result.plan.groups) == {"model.layers:blocks"}
+    assert result.settings.criterion == "block-influence"
+    loaded = sc.load(tmp_path / "small")
+    ids = torch.randint(3, 96, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, result.model(ids).logits)
+    assert_generates(loaded)
+
+
+def test_what_stays_makes_up_for_blocks(calibrated, text_file):
+    model, statistics = calibrated
+    plan = sc.allocate(sc.score(statistics, "angular"), 0.6, "contiguous")
+    held_out = sc.batches(text_file, sc.source_of(model).input, limit=8, seed=7, **TEXT)
+    kl = {}
+    for compensator in ("none", "sequential"):
+        small = sc.prune(model, plan, compensate=compensator, stats=statistics, data=text_file, limit=64, **TEXT)
+        kl[compensator] = sc.fidelity(small, model, held_out).kl
+    assert kl["sequential"] < 0.8 * kl["none"]
+
+
+FRESH = """
+import sys, torch, secateur as sc
+from secateur._compat import ensure_torchvision
+ensure_torchvision()
+torch.set_num_threads(1)
+model = sc.load(sys.argv[1])
+torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("what", ["blocks and widths", "linear", "mlp after widths"])
+def test_saved_and_loaded_in_a_fresh_process(calibrated, text_file, tmp_path, what):
+    model, _ = calibrated
+    anatomy = sc.inspect(model)
+    if what == "blocks and widths":
+        small = sc.prune(model, plan_for(anatomy, True), compensate="none", anatomy=anatomy)
+    else:
+        widths = {n: k for n, k in plan_for(anatomy, True).groups.items() if "blocks" not in n}
+        dense = sc.prune(model, Plan(groups=widths), compensate="none") if "after widths" in what else model
+        small = sc.shorten(dense, 1, 3, text_file, how=what.split()[0], limit=16, steps=3, **TEXT)
+        assert_generates(small)
+    sc.save(small, tmp_path / "small")
+    ids = torch.randint(3, 96, (2, 12))
+    torch.save(ids, tmp_path / "ids")
+    command = [sys.executable, "-c", FRESH, *(str(tmp_path / n) for n in ("small", "ids", "out"))]
+    subprocess.run(command, check=True, capture_output=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "out"), small(ids).logits)
+
+
+@pytest.mark.parametrize("name", GENERATE)
+def test_a_replaced_run_counts_in_the_cache(name):
+    """Also at the very front, where models read a cache's length."""
+    model, anatomy = made(name)
+    stack = next(n for n in anatomy.removable if "encoder" not in n)
+    first = len(anatomy.groups[stack].fixed)
+    ids = torch.randint(3, 96, (8, 16), generator=torch.Generator().manual_seed(1))
+    small = sc.shorten(model, first, first + 2, ids, stack=stack, anatomy=anatomy, **TEXT)
+    assert len(small.get_submodule(anatomy.groups[stack].owner)) == anatomy.groups[stack].size - 1
+    assert_generates(small)
+
+
+def test_the_linear_replacement_is_the_regression(calibrated, text_file):
+    """It leads closer to the dense stream than handing the stream on."""
+    from secateur.surgery.shorten import streams
+
+    model, _ = calibrated
+    held_out = sc.batches(text_file, sc.source_of(model).input, limit=8, seed=7, **TEXT)
+    small = sc.shorten(model, 1, 4, text_file, limit=128, **TEXT)
+    x, y = next(streams(model, "model.layers.1", "model.layers.3", held_out))
+    out = small.model.layers[1](x).detach()
+    assert float((out - y).square().mean()) < 0.7 * float((x - y).square().mean())
+
+
+def test_a_run_that_cannot_go_is_refused(calibrated, text_file):
+    model, _ = calibrated
+    with pytest.raises(PlanError, match=r"has blocks 0 to 4, one of which stays; found 0:5"):
+        sc.shorten(model, 0, 5, text_file, **TEXT)
+    t5_model, anatomy = made("t5")
+    with pytest.raises(PlanError, match="name the one stack"):
+        sc.shorten(t5_model, 1, 3, torch.ones(4, 8, dtype=torch.long), anatomy=anatomy)
+    with pytest.raises(PlanError, match=r"block 0 of 'encoder.block:blocks' must stay"):
+        sc.shorten(t5_model, 0, 2, torch.ones(4, 8, dtype=torch.long), anatomy=anatomy, stack="encoder.block:blocks")
+
+
+def test_the_command_line(secateur, language_model, text_file, tmp_path):
+    wanted = ("--text", text_file, "--keep-params", 0.8, "--kinds", "blocks", "--window", 16, "--limit", 12)
+    done = secateur("compress", language_model, *wanted, "--out", tmp_path / "small")
+    assert done.status == 0, done.err
+    assert "model.layers:blocks" in done.out
+    assert "Can be removed whole, with --kinds blocks" in secateur("inspect", language_model).out
+    error = secateur("compress", language_model, *wanted, "--criterion", "obs", "--out", tmp_path / "other").error
+    assert "'obs' scores no whole blocks" in error

@@ -96,7 +96,7 @@ def finite(model, images):
 def test_every_criterion_scores_every_model(kind, criterion):
     _model, anatomy, _images, statistics = prepared(kind)
     if criteria.get(criterion).blocks and anatomy.removable and float(statistics.stream.count) == 0:
-        with pytest.raises(sc.SecateurError, match="the stream changes on its way|nothing about the blocks"):
+        with pytest.raises(sc.SecateurError, match=r"the stream changes on its way|nothing about the blocks"):
             sc.score(statistics, criterion)
         return
     scores = sc.score(statistics, criterion)

@@ -24,6 +24,7 @@ _WHERE = {
     "calibrate": "api",
     "prune": "api",
     "prune_": "api",
+    "shorten": "api",
     "score": "criteria",
     "Scores": "criteria",
     "criterion": "criteria",
@@ -73,7 +74,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from secateur.allocation import Problem, allocate, allocator
-    from secateur.api import calibrate, inspect, prune, prune_
+    from secateur.api import calibrate, inspect, prune, prune_, shorten
     from secateur.artifact import load, load_model, save
     from secateur.calibration import Statistics
     from secateur.criteria import GroupView, Scores, criterion, score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,18 +13,20 @@ from secateur.anatomy import Anatomy, find_anatomy
 from secateur.calibration import Statistics
 from secateur.calibration import calibrate as _calibrate
 from secateur.data import batches
-from secateur.errors import DataError, SecateurWarning
+from secateur.errors import DataError, PlanError, SecateurWarning
 from secateur.fingerprint import fingerprint
 from secateur.models import example_input, source_of
 from secateur.models import forward as library_forward
-from secateur.plan import Plan
+from secateur.nn.replacement import HOWS
+from secateur.plan import Kept, Plan
 from secateur.progress import doing
 from secateur.surgery import compensators
 from secateur.surgery import prune as _prune
 from secateur.surgery import prune_ as _prune_
-from secateur.surgery.cut import check_plan, mark_as_cut, recipe_of
-from secateur.surgery.depth import absentees, remove_blocks_, split, standing_aside
+from secateur.surgery.cut import check_plan, mark_as_cut, plan_of, recipe_of
+from secateur.surgery.depth import absentees, check_run, remove_blocks_, split, stack_group, standing_aside, take_out_
 from secateur.surgery.sequential import refit_
+from secateur.surgery.shorten import fit
 
 
 def inspect(
@@ -137,4 +140,60 @@ def _cut(
     recipe = recipe_of(small)
     recipe.biases.extend(name for name in added if name not in recipe.biases)
     mark_as_cut(small, remove_blocks_(small, depth, recipe), plan)
+    return small
+
+
+def shorten(
+    model: nn.Module,
+    start: int,
+    stop: int,
+    data: Any,
+    *,
+    how: str = "linear",
+    stack: str | None = None,
+    anatomy: Anatomy | None = None,
+    steps: int = 500,
+    seconds: float = 300.0,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    window: int = 256,
+    stride: int | None = None,
+) -> nn.Module:
+    """A new model in which one cheap module, fitted without labels, does what a run of blocks did.
+
+    Args:
+        model: as loaded, or cut in its widths.
+        start, stop: the run, as a slice: block `start` is the first that goes, block `stop` stays.
+        data: images or text to fit it on.
+        how: "linear": an affine map of each token's stream, in closed form; "mlp": that and a small network beside it,
+            trained for so many `steps`, or `seconds` if they are over first.
+        stack: name of the group of blocks, where the model has several.
+        anatomy: of this model.
+        batch_size, limit, seed, window, stride: of `data`, see `secateur.data.batches`.
+
+    Raises:
+        PlanError: no such run, a block in it must stay, or blocks were removed from the model before.
+        DataError: the stream is no sequence of tokens.
+    """
+    anatomy = anatomy or inspect(model)
+    group, recipe = stack_group(anatomy, stack), recipe_of(model)
+    check_run(group, start, stop)
+    if recipe.blocks:
+        raise PlanError("blocks of this model were removed or replaced before; begin with the dense one")
+    images = batches(
+        data, source_of(model).input, size=batch_size, limit=limit, seed=seed, window=window, stride=stride
+    )
+    if how not in HOWS:
+        raise PlanError(f"a run of blocks is replaced by {' or '.join(HOWS)}, found '{how}'")
+    fitted = fit(model, group, start, stop, images, how=how, steps=steps, seconds=seconds)
+    small = copy.deepcopy(model)
+    keep = [i for i in range(group.size) if not start <= i < stop]
+    assert group.stack is not None
+    recipe = take_out_(small, group.stack, keep, recipe.model_copy(deep=True), {start: fitted})
+    plan = plan_of(model) or Plan(model={"name": source_of(model).name, **fingerprint(model)})
+    kept = Kept(kind=str(group.kind), size=group.size, keep=tuple(keep))
+    made_by = {**plan.made_by, "shorten": {"start": start, "stop": stop, "how": how}}
+    plan = plan.model_copy(update={"groups": {**plan.groups, group.name: kept}, "made_by": made_by, "predicted": {}})
+    mark_as_cut(small, recipe, plan)
     return small

@@ -56,9 +56,8 @@ def inspect(
         else:
             rows.append((name, str(first.size), *shares, _note(first)))
     show("Can be cut", *_filled(["group", "units", "params", "MACs", "note"], rows))
-    show(
-        "Can be removed whole, with --kinds blocks", *_filled(["stack", "blocks", "params", "MACs", "must stay"], stacks)
-    )
+    whole = _filled(["stack", "blocks", "params", "MACs", "must stay"], stacks)
+    show("Can be removed whole, with --kinds blocks", *whole)
     if rest:
         typer.secho("Cannot be cut", bold=True)
     for reason, names in rest.items():

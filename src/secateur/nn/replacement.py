@@ -23,7 +23,7 @@ class Structure:
     """What a replacement is made from, as data.
 
     Attributes:
-        how: "linear": x + W x + b; "mlp": x + W2 gelu(W1 norm(x) + b1) + b2, norm without parameters.
+        how: "linear": x + W x + b; "mlp": W2 gelu(W1 norm(x) + b1) + b2 more, norm without parameters.
         width: D.
         returns: what it gives back, see `secateur.nn.standin`.
         attributes: plain attributes of the first block of the run, which the model's own code may read.
@@ -38,7 +38,7 @@ class Structure:
 
 
 class Replacement(nn.Module):
-    """Takes the stream out of whatever arguments a block gets, and returns what the block would.
+    """x + W x + b. Takes the stream out of whatever arguments a block gets, and returns what the block would.
 
     In a cache of keys and values it counts the tokens in its block's place, one number a token, since lengths are read
     off any layer.
@@ -55,11 +55,11 @@ class Replacement(nn.Module):
 
     def add(self, width: int) -> None:
         """Make the layers."""
-        raise NotImplementedError
+        self.linear = nn.Linear(width, width)
 
     def step(self, x: Tensor) -> Tensor:
         """What is added to the stream [..., D]."""
-        raise NotImplementedError
+        return self.linear(x)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = stream_of(args, kwargs)
@@ -68,31 +68,23 @@ class Replacement(nn.Module):
 
     def _count(self, x_BTD: Tensor, given: tuple[Any, ...]) -> None:
         cache = next((v for v in given if hasattr(v, "get_seq_length") and hasattr(v, "update")), None)
+        cache = getattr(cache, "self_attention_cache", cache)  # of an encoder-decoder
         if cache is not None and self.layer_idx is not None:
             nothing = x_BTD.new_zeros(x_BTD.shape[0], 1, x_BTD.shape[1], 1)
             cache.update(nothing, nothing, self.layer_idx)
 
 
-class LinearReplacement(Replacement):
-    """x + W x + b."""
-
-    def add(self, width: int) -> None:
-        self.linear = nn.Linear(width, width)
-
-    def step(self, x: Tensor) -> Tensor:
-        return self.linear(x)
-
-
 class MlpReplacement(Replacement):
-    """x + W2 gelu(W1 norm(x) + b1) + b2; begins as the identity."""
+    """x + W x + b + W2 gelu(W1 norm(x) + b1) + b2; begins without what W2 adds."""
 
     def add(self, width: int) -> None:
+        super().add(width)
         self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
 
     def step(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(F.layer_norm(x, x.shape[-1:]))))
+        return self.linear(x) + self.fc2(F.gelu(self.fc1(F.layer_norm(x, x.shape[-1:]))))
 
 
 def replacement(structure: Structure) -> Replacement:
@@ -105,7 +97,7 @@ def replacement(structure: Structure) -> Replacement:
         raise AnatomyError(f"a run of blocks is replaced by {' or '.join(HOWS)}, found '{structure.how}'")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return (LinearReplacement if structure.how == "linear" else MlpReplacement)(structure)
+        return (Replacement if structure.how == "linear" else MlpReplacement)(structure)
 
 
 def plain_attributes(block: nn.Module) -> dict[str, bool | int | float | str | None]:

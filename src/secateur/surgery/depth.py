@@ -97,3 +97,15 @@ def stack_group(anatomy: Anatomy, name: str | None = None) -> PrunableGroup:
         have = ", ".join(anatomy.removable) or "none"
         raise PlanError(f"name the one stack to shorten; those of which blocks can be removed: {have}")
     return next(iter(found.values()))
+
+
+def check_run(group: PrunableGroup, start: int, stop: int) -> None:
+    """Refuse a run of blocks that is none, or cannot go.
+
+    Raises:
+        PlanError: with what the stack has.
+    """
+    if not 0 <= start < stop <= group.size or stop - start == group.size:
+        raise PlanError(f"'{group.name}' has blocks 0 to {group.size - 1}, one of which stays; found {start}:{stop}")
+    if stuck := sorted(set(group.fixed) & set(range(start, stop))):
+        raise PlanError(f"block {stuck[0]} of '{group.name}' must stay; give a run without it")

@@ -232,7 +232,7 @@ def _refit_layer(
     if statistics is not None and path in statistics.layers:
         energy = statistics.layers[path].position_weights(power)
     residual = consumer.residual if target.inside else None
-    moments = _Moments(start_ND.shape[0], start_ND.shape[1])
+    moments = Moments(start_ND.shape[0], start_ND.shape[1])
     points = [(path, "in", 0), (path, "out", 0), _point(target)]
     for index, batch in runner.batches():
         h, y, seen = runner.run("cut", target.stage, index, batch, points, keep=False)
@@ -262,7 +262,7 @@ def _scale(model: nn.Module, target: _Target) -> Tensor | float:
     return torch.where(scale.abs() < 1e-3 * scale.abs().max(), torch.full_like(scale, float("inf")), scale)
 
 
-class _Moments:
+class Moments:
     """Weighted sums, over either half of the images, for the regression of a gap on inputs and a constant."""
 
     def __init__(self, n: int, d: int) -> None:
@@ -270,10 +270,11 @@ class _Moments:
         self.crosses = [torch.zeros(n + 1, d) for _ in range(2)]
         self.images = 0
 
-    def add(self, h_BPN: Tensor, gap_BPD: Tensor, weights_P: Tensor | None) -> None:
+    def add(self, h_BPN: Tensor, gap_BPD: Tensor, weights: Tensor | None) -> None:
+        """Add a batch; weights are [P] or [B, P]."""
         ones = torch.ones_like(h_BPN[..., :1])
         x_BPN = torch.cat([h_BPN, ones], -1).float()
-        wx_BPN = x_BPN if weights_P is None else x_BPN * weights_P.to(x_BPN)[None, :, None]
+        wx_BPN = x_BPN if weights is None else x_BPN * weights.to(x_BPN)[..., None]
         for half in range(2):
             every_other = slice((half + self.images) % 2, None, 2)
             x, wx, gap = (t[every_other].flatten(0, 1) for t in (x_BPN, wx_BPN, gap_BPD))
