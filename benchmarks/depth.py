@@ -1,0 +1,73 @@
+"""Depth pruning of SmolLM2-135M: 20 % fewer parameters by removing whole blocks, or replacing a run of them.
+
+Perplexity per token on the first 64 windows of 256 tokens of WikiText-2 test; calibrated on windows of its validation
+part. Writes a table into docs/results.md.
+
+    python benchmarks/depth.py --data FOLDER        (with text/wikitext2-valid.txt and text/wikitext2-test.txt)
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+import secateur as sc
+from _real import markdown, setting, smollm2, write_section
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+KEEP, STACK = 0.8, "model.layers:blocks"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with text/wikitext2-{valid,test}.txt")
+    parser.add_argument("--calibration", type=int, default=64, help="windows of 256 tokens")
+    parser.add_argument("--windows", type=int, default=64, help="windows that perplexity is measured on")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    dense = smollm2()
+    spec = sc.source_of(dense).input
+    valid = sc.batches(options.data / "text/wikitext2-valid.txt", spec, limit=options.calibration, seed=options.seed)
+    test = sc.batches(options.data / "text/wikitext2-test.txt", spec).pick(range(options.windows))
+    anatomy = sc.inspect(dense)
+    statistics = sc.calibrate(dense, valid, anatomy, loss=(), covariance=False)
+    rows: list[list[str]] = []
+
+    def measure(name: str, blocks: str, make: Callable[[], nn.Module]) -> None:
+        start = time.perf_counter()
+        model = make()
+        seconds, fewer = time.perf_counter() - start, 1 - sc.parameters(model) / sc.parameters(dense)
+        macs = 1 - sc.macs(model) / sc.macs(dense)
+        found = sc.perplexity(model, test).token
+        rows.append([name, blocks, f"{fewer:.1%}", f"{macs:.1%}", f"{found:.1f}", f"{seconds:.0f} s"])
+        print(*rows[-1], sep=" | ", flush=True)
+
+    def gone(plan: sc.Plan) -> list[int]:
+        return sorted(set(range(plan.groups[STACK].size)) - set(plan.groups[STACK].keep))
+
+    measure("dense", "", lambda: dense)
+    for criterion, allocator in (("block-influence", "uniform"), ("angular", "contiguous")):
+        plan = sc.allocate(sc.score(statistics, criterion), KEEP, allocator)
+        out = ", ".join(map(str, gone(plan)))
+        name = f"`{criterion}`, `{allocator}`"
+        measure(name, out, lambda plan=plan: sc.prune(dense, plan, compensate="none", anatomy=anatomy))
+        sequential = {"compensate": "sequential", "stats": statistics, "data": valid}
+        measure(f"{name}, refit `sequential`", out, lambda plan=plan, s=sequential: sc.prune(dense, plan, **s))
+    run = gone(plan)
+    for how in ("linear", "mlp"):
+        shorter = {"how": how, "anatomy": anatomy}
+        name, out = f"the same run replaced, `{how}`", f"{run[0]} to {run[-1]}"
+        measure(name, out, lambda s=shorter: sc.shorten(dense, run[0], run[-1] + 1, valid, **s))
+    columns = ["blocks by", "gone", "fewer parameters", "fewer MACs", "perplexity", "time to make"]
+    note = (
+        f"{options.calibration} calibration windows, {options.windows} test windows of 256 tokens, seed {options.seed}."
+    )
+    write_section(PAGE, "depth", f"{markdown(columns, rows)}\n\n{setting()} {note}")
+
+
+if __name__ == "__main__":
+    main()
