@@ -20,6 +20,7 @@ from _real import markdown, setting, smollm2, write_section
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 KEEP, STACK = 0.8, "model.layers:blocks"
+COLUMNS = ["blocks by", "gone", "fewer parameters", "fewer MACs", "perplexity", "time to make"]
 
 
 def main() -> None:
@@ -36,6 +37,7 @@ def main() -> None:
     anatomy = sc.inspect(dense)
     statistics = sc.calibrate(dense, valid, anatomy, loss=(), covariance=False)
     rows: list[list[str]] = []
+    note = f"{options.calibration} calibration and {options.windows} test windows of 256 tokens, seed {options.seed}."
 
     def measure(name: str, blocks: str, make: Callable[[], nn.Module]) -> None:
         start = time.perf_counter()
@@ -45,28 +47,31 @@ def main() -> None:
         found = sc.perplexity(model, test).token
         rows.append([name, blocks, f"{fewer:.1%}", f"{macs:.1%}", f"{found:.1f}", f"{seconds:.0f} s"])
         print(*rows[-1], sep=" | ", flush=True)
-
-    def gone(plan: sc.Plan) -> list[int]:
-        return sorted(set(range(plan.groups[STACK].size)) - set(plan.groups[STACK].keep))
+        write_section(PAGE, "depth", f"{markdown(COLUMNS, rows)}\n\n{setting()} {note}")
 
     measure("dense", "", lambda: dense)
+    plans = {}
     for criterion, allocator in (("block-influence", "uniform"), ("angular", "contiguous")):
-        plan = sc.allocate(sc.score(statistics, criterion), KEEP, allocator)
-        out = ", ".join(map(str, gone(plan)))
         name = f"`{criterion}`, `{allocator}`"
-        measure(name, out, lambda plan=plan: sc.prune(dense, plan, compensate="none", anatomy=anatomy))
-        sequential = {"compensate": "sequential", "stats": statistics, "data": valid}
-        measure(f"{name}, refit `sequential`", out, lambda plan=plan, s=sequential: sc.prune(dense, plan, **s))
+        plan = plans[name] = sc.allocate(sc.score(statistics, criterion), KEEP, allocator)
+        measure(name, numbers(plan), lambda p=plan: sc.prune(dense, p, compensate="none", anatomy=anatomy))
     run = gone(plan)
     for how in ("linear", "mlp"):
         shorter = {"how": how, "anatomy": anatomy}
-        name, out = f"the same run replaced, `{how}`", f"{run[0]} to {run[-1]}"
-        measure(name, out, lambda s=shorter: sc.shorten(dense, run[0], run[-1] + 1, valid, **s))
-    columns = ["blocks by", "gone", "fewer parameters", "fewer MACs", "perplexity", "time to make"]
-    note = (
-        f"{options.calibration} calibration windows, {options.windows} test windows of 256 tokens, seed {options.seed}."
-    )
-    write_section(PAGE, "depth", f"{markdown(columns, rows)}\n\n{setting()} {note}")
+        name = f"the same run replaced, `{how}`"
+        measure(name, numbers(plan), lambda s=shorter: sc.shorten(dense, run[0], run[-1] + 1, valid, **s))
+    sequential = {"compensate": "sequential", "stats": statistics, "data": valid}
+    for name, plan in plans.items():
+        measure(f"{name}, refit `sequential`", numbers(plan), lambda p=plan: sc.prune(dense, p, **sequential))
+
+
+def gone(plan: sc.Plan) -> list[int]:
+    """Indices of the blocks that a plan removes."""
+    return sorted(set(range(plan.groups[STACK].size)) - set(plan.groups[STACK].keep))
+
+
+def numbers(plan: sc.Plan) -> str:
+    return ", ".join(map(str, gone(plan)))
 
 
 if __name__ == "__main__":

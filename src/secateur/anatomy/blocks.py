@@ -63,7 +63,7 @@ def block_groups(
             slots=(),
             reason=reason,
             stack=stack,
-            fixed=() if reason else tuple(fixed),
+            fixed={} if reason else fixed,
         )
     return out
 

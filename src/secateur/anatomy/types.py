@@ -110,7 +110,7 @@ class PrunableGroup:
         edits: attributes that count units.
         rewritten: modules whose forward must be made free of the input width first, with their head counts.
         stack: for whole blocks, where they are and what counts them.
-        fixed: units that must stay.
+        fixed: units that must stay, each with the reason.
     """
 
     name: str
@@ -127,7 +127,7 @@ class PrunableGroup:
     edits: tuple[AttrEdit, ...] = ()
     rewritten: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
     stack: Stack | None = None
-    fixed: tuple[int, ...] = ()
+    fixed: dict[int, str] = field(default_factory=dict)
 
     @property
     def cuttable(self) -> bool:

@@ -52,7 +52,7 @@ def inspect(
         params, macs = (sum(getattr(g, what) * g.size for g in groups) for what in ("unit_params", "unit_macs"))
         shares = f"{params / anatomy.params:.1%}", f"{macs / max(anatomy.macs, 1):.1%}"
         if first.stack is not None:
-            stacks.append((name, str(first.size), *shares, ", ".join(map(str, first.fixed))))
+            stacks.append((name, str(first.size), *shares, "; ".join(f"{i}: {why}" for i, why in first.fixed.items())))
         else:
             rows.append((name, str(first.size), *shares, _note(first)))
     show("Can be cut", *_filled(["group", "units", "params", "MACs", "note"], rows))

@@ -28,7 +28,7 @@ def split(cuts: Cuts) -> tuple[dict[str, tuple[PrunableGroup, Tensor]], dict[str
     for name, (group, keep) in depth.items():
         gone = sorted(set(group.fixed) - set(keep.tolist()))
         if gone:
-            raise PlanError(f"block {gone[0]} of '{name}' must stay; the others of the {group.size} can go")
+            raise PlanError(f"block {gone[0]} of '{name}' must stay: {group.fixed[gone[0]]}; plan without it")
     lost = tuple(path + "." for path in absentees(depth))
     widths = {n: c for n, c in cuts.items() if n not in depth and not f"{c[0].owner}.".startswith(lost)}
     return widths, depth
@@ -108,4 +108,5 @@ def check_run(group: PrunableGroup, start: int, stop: int) -> None:
     if not 0 <= start < stop <= group.size or stop - start == group.size:
         raise PlanError(f"'{group.name}' has blocks 0 to {group.size - 1}, one of which stays; found {start}:{stop}")
     if stuck := sorted(set(group.fixed) & set(range(start, stop))):
-        raise PlanError(f"block {stuck[0]} of '{group.name}' must stay; give a run without it")
+        why = group.fixed[stuck[0]]
+        raise PlanError(f"block {stuck[0]} of '{group.name}' must stay: {why}; give a run without it")
