@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from secateur.anatomy.types import PrunableGroup
 from secateur.data import Batches
-from secateur.errors import DataError
+from secateur.errors import DataError, PlanError
 from secateur.models import forward
 from secateur.nn.replacement import MlpReplacement, Replacement, Structure, plain_attributes, replacement
 from secateur.nn.standin import stream_of
@@ -46,17 +46,27 @@ def fit(
 
     Args:
         how, steps, seconds: see `secateur.shorten`.
+
+    Raises:
+        PlanError: the run is interrupted by a block of another class.
+        DataError: the stream is no sequence of tokens.
     """
     assert group.stack is not None
     first, last = group.stack.members[start], group.stack.members[stop - 1]
     x_BTD, _ = next(streams(model, first, last, data))
     block = model.get_submodule(first)
-    position = list(model.get_submodule(group.stack.path)._modules).index(group.stack.names[start])
+    children = list(model.get_submodule(group.stack.path)._modules)
+    position = children.index(group.stack.names[start])
+    if children[position : position + stop - start] != list(group.stack.names[start:stop]):
+        raise PlanError(
+            f"between blocks {start} and {stop - 1} of '{group.name}' lies one of another class; give two runs"
+        )
     layer = next((position + offset for _, name, offset in group.stack.numbers if name == "layer_idx"), None)
     structure = Structure(how, x_BTD.shape[-1], group.stack.returns, plain_attributes(block), layer)
     module = replacement(structure)
     fit_linear_(module, model, first, last, data)
     if isinstance(module, MlpReplacement):
+        module.to(next(block.parameters()).device)
         train_mlp_(module, model, first, last, data, steps=steps, seconds=seconds)
     return structure, module.to(next(block.parameters())).train(model.training)
 
@@ -137,7 +147,7 @@ def train_mlp_(
         for i in track(range(steps), "Training"):
             if time.monotonic() > end:
                 break
-            x_BTD, y_BTD = spool.get(i % count)
+            x_BTD, y_BTD = (t.to(module.linear.weight.device) for t in spool.get(i % count))
             out_BTD = x_BTD + module.step(x_BTD)
             error_BT = (out_BTD - y_BTD).square().mean(-1) * relative(y_BTD)
             loss = (error_BT + 1 - F.cosine_similarity(out_BTD, y_BTD, dim=-1)).mean()
