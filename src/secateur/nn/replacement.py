@@ -70,6 +70,9 @@ class Replacement(nn.Module):
         cache = next((v for v in given if hasattr(v, "get_seq_length") and hasattr(v, "update")), None)
         cache = getattr(cache, "self_attention_cache", cache)  # of an encoder-decoder
         if cache is not None and self.layer_idx is not None:
+            layers = getattr(cache, "layers", [])[self.layer_idx :]
+            if layers and not hasattr(layers[0], "update"):
+                return  # a layer that keeps a state, and no keys to be counted
             nothing = x_BTD.new_zeros(x_BTD.shape[0], 1, x_BTD.shape[1], 1)
             cache.update(nothing, nothing, self.layer_idx)
 

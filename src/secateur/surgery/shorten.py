@@ -58,10 +58,8 @@ def fit(
     children = list(model.get_submodule(group.stack.path)._modules)
     position = children.index(group.stack.names[start])
     if children[position : position + stop - start] != list(group.stack.names[start:stop]):
-        raise PlanError(
-            f"between blocks {start} and {stop - 1} of '{group.name}' lies one of another class; give two runs"
-        )
-    layer = next((position + offset for _, name, offset in group.stack.numbers if name == "layer_idx"), None)
+        raise PlanError(f"a block of another class lies within {start}:{stop} of '{group.name}'; give a run beside it")
+    layer = next((position + offset for *_, offset in group.stack.numbers), None)
     structure = Structure(how, x_BTD.shape[-1], group.stack.returns, plain_attributes(block), layer)
     module = replacement(structure)
     fit_linear_(module, model, first, last, data)
