@@ -77,8 +77,8 @@ def remove_(
             module = _inside(child, inside)
             if module is not None and isinstance(getattr(module, attribute, None), int):
                 setattr(module, attribute, new + offset)
-            if any(child is module for module in put.values()):
-                child.layer_idx = new + offset  # whatever the blocks called it
+        if stack.numbers and any(child is module for module in put.values()):
+            setattr(child, "layer_idx", new + stack.numbers[0][2])  # noqa: B010  whatever the blocks called it
     prefix = f"{stack.path}." if stack.path else ""
 
     def rename(dotted: str) -> str | None:
