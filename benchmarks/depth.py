@@ -55,11 +55,17 @@ def main() -> None:
         name = f"`{criterion}`, `{allocator}`"
         plan = plans[name] = sc.allocate(sc.score(statistics, criterion), KEEP, allocator)
         measure(name, numbers(plan), lambda p=plan: sc.prune(dense, p, compensate="none", anatomy=anatomy))
-    run = gone(plan)
+
+    def shortened(plan: sc.Plan, how: str) -> nn.Module:
+        """Every run that a plan removes replaced, the last first so that numbers hold."""
+        model = dense
+        for start, stop in reversed(runs(gone(plan))):
+            model = sc.shorten(model, start, stop, valid, how=how, anatomy=anatomy if model is dense else None)
+        return model
+
     for how in ("linear", "mlp"):
-        shorter = {"how": how, "anatomy": anatomy}
-        name = f"the same run replaced, `{how}`"
-        measure(name, numbers(plan), lambda s=shorter: sc.shorten(dense, run[0], run[-1] + 1, valid, **s))
+        for name, plan in plans.items():
+            measure(f"{name}, runs replaced, `{how}`", numbers(plan), lambda p=plan, h=how: shortened(p, h))
     sequential = {"compensate": "sequential", "stats": statistics, "data": valid}
     for name, plan in plans.items():
         measure(f"{name}, refit `sequential`", numbers(plan), lambda p=plan: sc.prune(dense, p, **sequential))
@@ -68,6 +74,12 @@ def main() -> None:
 def gone(plan: sc.Plan) -> list[int]:
     """Indices of the blocks that a plan removes."""
     return sorted(set(range(plan.groups[STACK].size)) - set(plan.groups[STACK].keep))
+
+
+def runs(blocks: list[int]) -> list[tuple[int, int]]:
+    """Stretches of neighbours, as slices."""
+    starts = [i for i in blocks if i - 1 not in blocks]
+    return [(i, next(j for j in range(i, blocks[-1] + 2) if j not in blocks)) for i in starts]
 
 
 def numbers(plan: sc.Plan) -> str:

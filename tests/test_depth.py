@@ -9,6 +9,7 @@ import torch
 import secateur as sc
 from secateur.errors import ArtifactError, BudgetError, PlanError
 from secateur.plan import Kept, Plan
+from secateur.surgery import plan_of
 
 TEXT = {"window": 16}
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 96, "max_position_embeddings": 64}
@@ -295,7 +296,9 @@ def test_saved_and_loaded_in_a_fresh_process(calibrated, text_file, tmp_path):
         "blocks": sc.prune(model, plan_for(anatomy, True), compensate="none", anatomy=anatomy),
         "linear": sc.shorten(model, 1, 3, text_file, **options),
         "mlp": sc.shorten(narrow, 0, 2, text_file, how="mlp", **options),
+        "two runs": sc.shorten(sc.shorten(model, 3, 4, text_file, **options), 0, 2, text_file, **options),
     }
+    assert plan_of(small["two runs"]).groups["model.layers:blocks"].keep == (2, 4)
     ids = torch.randint(3, 96, (2, 12))
     torch.save(ids, tmp_path / "ids")
     folders = [str(sc.save(m, tmp_path / name)) for name, m in small.items()]

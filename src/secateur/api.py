@@ -163,8 +163,9 @@ def shorten(
     """A new model in which one cheap module, fitted without labels, does what a run of blocks did.
 
     Args:
-        model: as loaded, or cut in its widths.
-        start, stop: the run, as a slice: block `start` is the first that goes, block `stop` stays.
+        model: as loaded, cut, or shortened elsewhere.
+        start, stop: the run, as a slice of the blocks that this model has (replacements are not counted): block
+            `start` is the first that goes, block `stop` stays.
         data: images or text to fit it on.
         how: "linear": an affine map of each token's stream, in closed form; "mlp": that and a small network beside it,
             trained for so many `steps`, or `seconds` if they are over first.
@@ -173,14 +174,12 @@ def shorten(
         batch_size, limit, seed, window, stride: of `data`, see `secateur.data.batches`.
 
     Raises:
-        PlanError: no such run, a block in it must stay, or blocks were removed from the model before.
+        PlanError: no such run, or a block in it must stay.
         DataError: the stream is no sequence of tokens.
     """
     anatomy = anatomy or inspect(model)
     group, recipe = stack_group(anatomy, stack), recipe_of(model)
     check_run(group, start, stop)
-    if recipe.blocks:
-        raise PlanError("blocks of this model were removed or replaced before; begin with the dense one")
     images = batches(
         data, source_of(model).input, size=batch_size, limit=limit, seed=seed, window=window, stride=stride
     )
@@ -192,8 +191,10 @@ def shorten(
     assert group.stack is not None
     recipe = take_out_(small, group.stack, keep, recipe.model_copy(deep=True), {start: fitted})
     plan = plan_of(model) or Plan(model={"name": source_of(model).name, **fingerprint(model)})
-    kept = Kept(kind=str(group.kind), size=group.size, keep=tuple(keep))
-    made_by = {**plan.made_by, "shorten": {"start": start, "stop": stop, "how": how}}
+    before = plan.groups.get(group.name) or Kept(kind=str(group.kind), size=group.size, keep=tuple(range(group.size)))
+    kept = before.model_copy(update={"keep": tuple(before.keep[i] for i in keep)})  # in terms of the dense model
+    runs = [*plan.made_by.get("shorten", []), {"start": start, "stop": stop, "how": how}]
+    made_by = {**plan.made_by, "shorten": runs}
     plan = plan.model_copy(update={"groups": {**plan.groups, group.name: kept}, "made_by": made_by, "predicted": {}})
     mark_as_cut(small, recipe, plan)
     return small
