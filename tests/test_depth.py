@@ -347,6 +347,23 @@ def test_the_linear_replacement_is_the_regression(calibrated, text_file):
     assert float((out - y).square().mean()) < 0.7 * float((x - y).square().mean())
 
 
+def test_training_never_ends_worse_than_it_began(calibrated, text_file):
+    """On the fifth of the data that it holds out."""
+    from secateur.surgery.shorten import relative, streams
+
+    model, _ = calibrated
+    data = sc.batches(text_file, sc.source_of(model).input, limit=32, **TEXT)
+    held_out = list(streams(model, "model.layers.1", "model.layers.2", data))[-1]
+    errors = {}
+    for how, steps in (("linear", 0), ("mlp", 40)):
+        block = sc.shorten(model, 1, 3, text_file, how=how, steps=steps, limit=32, **TEXT).model.layers[1]
+        x, y = held_out
+        out = block(x).detach()
+        error = ((out - y).square().mean(-1) * relative(y)).mean()
+        errors[how] = float(error + 1 - torch.nn.functional.cosine_similarity(out, y, dim=-1).mean())
+    assert errors["mlp"] <= errors["linear"] + 1e-6
+
+
 def test_a_run_that_cannot_go_is_refused(calibrated, text_file):
     model, _ = calibrated
     with pytest.raises(PlanError, match=r"has blocks 0 to 4, one of which stays; found 0:5"):
