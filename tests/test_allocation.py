@@ -151,5 +151,5 @@ def test_group_smaller_than_the_alignment_stays_whole():
 
 
 def test_every_allocator_is_listed():
-    assert sc.list_allocators() == ["amp-bisect", "cfsp", "curve", "flap", "global", "modegpt", "uniform"]
+    assert sc.list_allocators() == ["amp-bisect", "cfsp", "contiguous", "curve", "flap", "global", "modegpt", "uniform"]
     assert allocators.get("curve").curves

@@ -122,8 +122,10 @@ def test_width_and_blocks_are_declared(name):
     _, _, anatomy = cuttable(name)
     kinds = {g.kind: g for g in anatomy.groups.values()}
     assert kinds[Kind.RESIDUAL].size == 16 and kinds[Kind.BLOCKS].size == 2
+    assert not kinds[Kind.RESIDUAL].cuttable and "not cut by slicing" in kinds[Kind.RESIDUAL].reason
+    assert set(anatomy.removable) == {kinds[Kind.BLOCKS].name}
     for kind in (Kind.RESIDUAL, Kind.BLOCKS):
-        assert kind not in CUT_KINDS and not kinds[kind].cuttable and "not cut by slicing" in kinds[kind].reason
+        assert kind not in CUT_KINDS and kinds[kind].name not in anatomy.cuttable
         assert kinds[kind].unit_params > 0 and kinds[kind].unit_macs > 0
     assert len(anatomy.blocks) == 2
 

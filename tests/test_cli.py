@@ -79,7 +79,7 @@ def test_inspect(secateur, here):
     assert done.out.startswith("dense: 134 k parameters, 2.25 M MACs per image of 3 x 64 x 64\n")
     hidden = sum(g.unit_params * g.size for g in anatomy.cuttable.values() if g.kind == "hidden") / anatomy.params
     assert re.search(rf"blocks\.\*\.mlp:hidden \(x 2\) +192 +{hidden:.1%}", done.out)
-    assert "  whole blocks are declared, but not cut by slicing:\n    blocks:blocks: 2 units\n" in done.out
+    assert re.search(r"Can be removed whole, with --kinds blocks\n.*\n.*\nblocks:blocks +2 ", done.out)
     listed = secateur("inspect", "dense", "--all").out
     assert all(name.removeprefix(":") in listed for name in anatomy.groups)
     told = json.loads(secateur("inspect", "dense", "--json").out)

@@ -113,17 +113,23 @@ def finite(model, images):
 @pytest.mark.parametrize("criterion", criteria)
 def test_every_criterion_scores_every_model(kind, criterion):
     _model, anatomy, _images, statistics = prepared(kind)
+    if criteria.get(criterion).blocks and anatomy.removable and float(statistics.stream.count) == 0:
+        with pytest.raises(sc.SecateurError, match=r"the stream changes on its way|nothing about the blocks"):
+            sc.score(statistics, criterion)
+        return
     if missing := set(criteria.get(criterion).losses) - set(statistics.losses):
         with pytest.raises(sc.SecateurError, match=f"'{missing.pop()}'"):
             sc.score(statistics, criterion)
         return
     scores = sc.score(statistics, criterion)
     observed = {n for n, g in anatomy.cuttable.items() if g.consumers}
+    observed = set(anatomy.removable) if criteria.get(criterion).blocks else observed
     assert observed <= set(scores.values)
     for name, values in scores.values.items():
         assert values.shape == (anatomy.groups[name].size,)
         assert torch.isfinite(values).all()
         assert values.unique().numel() > 1 or anatomy.groups[name].size == 1
+        assert criteria.get(criterion).blocks == (anatomy.groups[name].kind == "blocks")
     for name, curve in scores.curves.items():
         assert curve.shape == (anatomy.groups[name].size + 1,)
         assert (curve.diff() <= 1e-9 + 1e-6 * curve[0]).all()  # more units, less error
@@ -133,6 +139,10 @@ def test_every_criterion_scores_every_model(kind, criterion):
 @pytest.mark.parametrize("allocator", allocators)
 def test_every_allocator_plans_for_every_model(kind, allocator):
     model, anatomy, images, statistics = prepared(kind)
+    if allocator == "contiguous":
+        with pytest.raises(sc.SecateurError, match="was not scored as such"):
+            sc.allocate(sc.score(statistics, "variance"), 0.8, allocator)
+        return
     scores = sc.score(statistics, "variance")
     data = sc.batches(images, sc.source_of(model).input, size=8)
     if allocator in ("cfsp", "modegpt") and not scores.blocks.numel():

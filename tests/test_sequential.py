@@ -6,7 +6,7 @@ import torch
 import secateur as sc
 from secateur.plan import Kept, Plan
 from secateur.replay import Prefix, Spool
-from secateur.surgery.sequential import RIDGES, _Moments
+from secateur.surgery.sequential import RIDGES, Moments
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_the_ridge_is_the_best_of_two_fold_cross_validation(noise, images):
     h, w = torch.randn(images, 5, 6, generator=rng), torch.randn(6, 3, generator=rng)
     y = h @ w + 1.0 + noise * torch.randn(images, 5, 3, generator=rng)
     weights = torch.rand(5, generator=rng)
-    moments = _Moments(6, 3)
+    moments = Moments(6, 3)
     for a, b in ((0, 7), (7, images)):
         moments.add(h[a:b], y[a:b], weights)
 

@@ -25,6 +25,7 @@ _WHERE = {
     "prune": "api",
     "prune_": "api",
     "rotate": "api",
+    "shorten": "api",
     "score": "criteria",
     "Scores": "criteria",
     "criterion": "criteria",
@@ -75,7 +76,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from secateur.allocation import Problem, allocate, allocator
-    from secateur.api import calibrate, inspect, prune, prune_, rotate
+    from secateur.api import calibrate, inspect, prune, prune_, rotate, shorten
     from secateur.artifact import load, load_model, save
     from secateur.calibration import Statistics
     from secateur.criteria import GroupView, Scores, criterion, score

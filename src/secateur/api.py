@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -12,19 +13,22 @@ from secateur.anatomy import Anatomy, find_anatomy
 from secateur.calibration import Statistics
 from secateur.calibration import calibrate as _calibrate
 from secateur.data import batches
-from secateur.errors import DataError, SecateurWarning
+from secateur.errors import DataError, PlanError, SecateurWarning
 from secateur.fingerprint import fingerprint
 from secateur.models import example_input, source_of
 from secateur.models import forward as library_forward
-from secateur.plan import Plan
+from secateur.nn.replacement import HOWS
+from secateur.plan import Kept, Plan
 from secateur.progress import doing
 from secateur.surgery import compensators
 from secateur.surgery import prune as _prune
 from secateur.surgery import prune_ as _prune_
-from secateur.surgery.cut import mark_as_cut, plan_of, recipe_of
+from secateur.surgery.cut import check_plan, mark_as_cut, plan_of, recipe_of
+from secateur.surgery.depth import absentees, check_run, remove_blocks_, split, stack_group, standing_aside, take_out_
 from secateur.surgery.rotation import ROTATIONS
 from secateur.surgery.rotation import rotate as _rotate
 from secateur.surgery.sequential import refit_
+from secateur.surgery.shorten import fit
 
 
 def inspect(
@@ -159,14 +163,75 @@ def _cut(
         raise DataError(f"compensator '{compensate}' reads the calibration images again: give data= (--images)")
     if function is _prune_:
         raise DataError(f"compensator '{compensate}' needs the dense model beside the cut one: use prune, not prune_")
+    width, depth = split(check_plan(model, plan, anatomy))
+    widths = plan.model_copy(update={"groups": {n: plan.groups[n] for n in width}})
     small = function(
-        model, plan, anatomy=anatomy, compensate=compensate, statistics=stats, ridge=ridge, add_bias=add_bias
+        model, widths, anatomy=anatomy, compensate=compensate, statistics=stats, ridge=ridge, add_bias=add_bias
     )
     images = batches(
         data, source_of(model).input, size=batch_size, limit=limit, seed=seed, window=window, stride=stride
     )
-    added = refit_(small, model, anatomy, images, statistics=stats, add_bias=add_bias)
+    with standing_aside(small, depth):  # blocks go last: what stays makes up for them as for anything else
+        gone = tuple(absentees(depth))
+        added = refit_(small, model, anatomy, images, statistics=stats, add_bias=add_bias, absent=gone)
     recipe = recipe_of(small)
     recipe.biases.extend(name for name in added if name not in recipe.biases)
-    mark_as_cut(small, recipe, plan_of(small) or plan)
+    mark_as_cut(small, remove_blocks_(small, depth, recipe), plan)
+    return small
+
+
+def shorten(
+    model: nn.Module,
+    start: int,
+    stop: int,
+    data: Any,
+    *,
+    how: str = "linear",
+    stack: str | None = None,
+    anatomy: Anatomy | None = None,
+    steps: int = 500,
+    seconds: float = 300.0,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    window: int = 256,
+    stride: int | None = None,
+) -> nn.Module:
+    """A new model in which one cheap module, fitted without labels, does what a run of blocks did.
+
+    Args:
+        model: as loaded, cut, or shortened elsewhere.
+        start, stop: the run, as a slice of the blocks that this model has (replacements are not counted): block
+            `start` is the first that goes, block `stop` stays.
+        data: images or text to fit it on.
+        how: "linear": an affine map of each token's stream, in closed form; "mlp": that and a small network beside it,
+            trained for so many `steps`, or `seconds` if they are over first.
+        stack: name of the group of blocks, where the model has several.
+        anatomy: of this model.
+        batch_size, limit, seed, window, stride: of `data`, see `secateur.data.batches`.
+
+    Raises:
+        PlanError: no such run, or a block in it must stay.
+        DataError: the stream is no sequence of tokens.
+    """
+    anatomy = anatomy or inspect(model)
+    group, recipe = stack_group(anatomy, stack), recipe_of(model)
+    check_run(group, start, stop)
+    images = batches(
+        data, source_of(model).input, size=batch_size, limit=limit, seed=seed, window=window, stride=stride
+    )
+    if how not in HOWS:
+        raise PlanError(f"a run of blocks is replaced by {' or '.join(HOWS)}, found '{how}'")
+    fitted = fit(model, group, start, stop, images, how=how, steps=steps, seconds=seconds)
+    small = copy.deepcopy(model)
+    keep = [i for i in range(group.size) if not start <= i < stop]
+    assert group.stack is not None
+    recipe = take_out_(small, group.stack, keep, recipe.model_copy(deep=True), {start: fitted})
+    plan = plan_of(model) or Plan(model={"name": source_of(model).name, **fingerprint(model)})
+    before = plan.groups.get(group.name) or Kept(kind=str(group.kind), size=group.size, keep=tuple(range(group.size)))
+    kept = before.model_copy(update={"keep": tuple(before.keep[i] for i in keep)})  # in terms of the dense model
+    runs = [*plan.made_by.get("shorten", []), {"start": start, "stop": stop, "how": how}]
+    made_by = {**plan.made_by, "shorten": runs}
+    plan = plan.model_copy(update={"groups": {**plan.groups, group.name: kept}, "made_by": made_by, "predicted": {}})
+    mark_as_cut(small, recipe, plan)
     return small

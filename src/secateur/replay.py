@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from secateur.nn.standin import Returns, handing_on
 from secateur.nn.trees import tensors_in
 
 
@@ -186,6 +187,15 @@ def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
         del module.forward
         if before is not None:
             module.forward = before
+
+
+@contextmanager
+def absent(blocks: Iterable[nn.Module], returns: Returns) -> Iterator[None]:
+    """Within the context, blocks hand the stream on as it is."""
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(standing_in(block, handing_on(returns)))
+        yield
 
 
 @contextmanager

@@ -8,10 +8,15 @@ from typing import Any
 from torch import nn
 
 from secateur import __version__
+from secateur.anatomy import Kind
+from secateur.criteria import criteria
 from secateur.errors import BudgetError
 from secateur.evaluation import Fidelity
 from secateur.measurement import Timing, macs, parameters
 from secateur.plan import Budget, Plan
+
+# How whole blocks are chosen, where nothing else is said.
+DEPTH = {"criterion": "block-influence", "allocator": "uniform"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,15 @@ class Settings:
     broken: float = 0.1
     seed: int = 0
     memory_budget: str | None = None
+
+    @classmethod
+    def of(cls, **settings: Any) -> Settings:
+        """The settings, with the methods for whole blocks as defaults where only those are asked for."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        criterion = given.get("criterion")
+        if criteria.get(criterion).blocks if criterion else tuple(given.get("kinds", ())) == (Kind.BLOCKS,):
+            given = {**DEPTH, **given}
+        return cls(**given)
 
     def budget(self) -> Budget:
         """The budget asked for.

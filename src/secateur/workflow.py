@@ -14,8 +14,8 @@ from torch import nn
 
 from secateur import __version__
 from secateur.allocation import Budget, Problem, allocate, allocators
-from secateur.allocation.base import check_reachable
-from secateur.anatomy import Anatomy
+from secateur.allocation.base import check_choice, check_reachable
+from secateur.anatomy import Anatomy, Kind
 from secateur.api import calibrate, inspect, prune
 from secateur.artifact import load_model, save
 from secateur.calibration import Statistics
@@ -58,7 +58,7 @@ def compress(
         settings:
             keep_params, keep_macs: share to keep; or min_quality: lowest cosine to the dense features.
             criterion, allocator, compensator: names from the registries.
-            kinds: cut only groups of these kinds.
+            kinds: cut only groups of these kinds; ("blocks",) removes whole blocks instead of narrowing them.
             limit, held_out: at most so many images for calibration and for evaluation.
             batch_size, dtype, seed, broken: of the calibration.
             window, stride: of text, see `batches`.
@@ -71,7 +71,7 @@ def compress(
         SecateurError: whatever goes wrong, in one line that says what to do.
     """
     try:
-        wanted = Settings(**settings)
+        wanted = Settings.of(**settings)
     except TypeError as e:
         raise SecateurError(f"unknown setting ({e}); see help(secateur.compress)") from e
     budget = wanted.budget()
@@ -238,14 +238,24 @@ def _check_possible(anatomy: Anatomy, settings: Settings, budget: Budget) -> Non
 
     Raises:
         AnatomyError: nothing can be cut.
-        BudgetError: no group is of the kinds asked for, or the floors leave more than the budget.
+        BudgetError: no group is of the kinds asked for, the methods are not made for them, or the floors leave more
+            than the budget.
     """
-    have = sorted({str(g.kind) for g in anatomy.cuttable.values()})
-    if not have:
+    rule, kinds = criteria.get(settings.criterion), settings.kinds
+    if not anatomy.cuttable and not anatomy.removable:
         raise AnatomyError("this model has no group that can be cut; `secateur inspect` says why")
-    if settings.kinds and (unknown := sorted(set(settings.kinds) - set(have))):
-        raise BudgetError(f"no group of kind '{unknown[0]}' can be cut; this model has {', '.join(have)}")
-    names = [n for n, g in anatomy.cuttable.items() if not settings.kinds or str(g.kind) in settings.kinds]
+    if kinds and not rule.blocks and Kind.BLOCKS in kinds:
+        raise BudgetError(
+            f"criterion '{settings.criterion}' scores no whole blocks: use block-influence or angular for kinds=blocks "
+            "alone; widths are planned apart, and one Plan may hold the groups of both"
+        )
+    groups = anatomy.removable if rule.blocks else anatomy.cuttable
+    have = sorted({str(g.kind) for g in groups.values()})
+    if kinds and (unknown := sorted(set(kinds) - set(have))):
+        by = f" by '{settings.criterion}'" if rule.blocks else ""
+        raise BudgetError(f"no group of kind '{unknown[0]}' can be cut{by}; this model has {', '.join(have) or 'none'}")
+    names = [n for n, g in groups.items() if not kinds or str(g.kind) in kinds]
+    check_choice(settings.allocator, [groups[n] for n in names])
     scores = Scores(dict.fromkeys(names, torch.empty(0)))
     dense = {"params": anatomy.params, "macs": anatomy.macs, "quality": math.inf}[budget.kind]
     check_reachable(Problem(scores, anatomy, budget.kind, budget.share * dense, settings.floor, settings.align))
@@ -261,7 +271,7 @@ def _statistics(
         return None
     weighted = rule.weighting or ((curves or compensator.sequential) and "features") or None
     losses = tuple(dict.fromkeys([*rule.losses, *([weighted] if weighted else [])]))
-    covariance = rule.covariance or compensator.data or curves
+    covariance = rule.covariance or curves or (compensator.data and not rule.blocks)
     losses = tuple(dict.fromkeys([*losses, *rule.weights]))
     options = {
         "loss": losses,

@@ -10,13 +10,14 @@ from torch import nn
 from secateur.allocation import (  # noqa: F401  (they register themselves)
     amp_bisect,
     cfsp,
+    contiguous,
     curve,
     flap,
     modegpt,
     rank,
     uniform,
 )
-from secateur.allocation.base import Allocator, Problem, allocator, allocators, best_units
+from secateur.allocation.base import Allocator, Problem, allocator, allocators, check_choice
 from secateur.anatomy.types import Anatomy
 from secateur.criteria.score import Scores
 from secateur.errors import BudgetError, DataError
@@ -69,6 +70,7 @@ def allocate(
     if not isinstance(budget, Budget):
         budget = Budget(params=float(budget))
     chosen = _of_kinds(scores, anatomy, kinds)
+    check_choice(method, [anatomy.groups[n] for n in chosen.values])
     kind = "params" if budget.kind == "quality" else budget.kind
     dense = float(anatomy.params if kind == "params" else anatomy.macs)
 
@@ -76,7 +78,7 @@ def allocate(
         problem = Problem(chosen, anatomy, kind, share * dense, floor, align, uniform_width, options, model, data)
         counts = rule.allocate(problem)
         groups = {
-            name: Kept(kind=str(group.kind), size=group.size, keep=best_units(chosen.values[name], counts[name]))
+            name: Kept(kind=str(group.kind), size=group.size, keep=problem.units(group, counts[name]))
             for name, group in anatomy.groups.items()
             if name in counts
         }
@@ -89,10 +91,11 @@ def allocate(
             "align": align,
             "uniform_width": uniform_width,
         }
+        units = {name: kept.keep for name, kept in groups.items()}
         predicted = {
-            "params": float(anatomy.params_after(counts)),
+            "params": float(anatomy.params_after(units)),
             "dense_params": float(anatomy.params),
-            "macs": anatomy.macs_after(counts),
+            "macs": anatomy.macs_after(units),
             "dense_macs": anatomy.macs,
         }
         mark = {"name": model_name, **scores.meta.get("fingerprint", {})}
@@ -118,7 +121,7 @@ def _of_kinds(scores: Scores, anatomy: Anatomy, kinds: Iterable[str] | None) -> 
         chosen = {n: v for n, v in scores.values.items() if str(anatomy.groups[n].kind) in wanted}
     if not chosen:
         raise BudgetError("no group was scored: nothing can be cut; see `secateur inspect` for the reasons")
-    return Scores(chosen, scores.curves, scores.meta, anatomy, scores.blocks)
+    return Scores(chosen, scores.curves, scores.meta, anatomy, scores.blocks, scores.between)
 
 
 def _by_quality(plan_for: Callable[[float], Plan], quality_of: Callable[[Plan], float], threshold: float) -> Plan:

@@ -1,20 +1,21 @@
 """What an allocator is given, what it gives back, and the registry.
 
-An allocator is one function from a `Problem` to how many units each group keeps. Which ones those are is settled: the
-best by score. `Problem` knows which counts are allowed (floors, alignment) and what they cost.
+An allocator is one function from a `Problem` to how many units each group keeps. Which ones those are is settled, the
+best by score, unless the allocator says which. `Problem` knows which counts are allowed (floors,
+alignment) and what they cost.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.anatomy.types import Anatomy, Kind, PrunableGroup
+from secateur.anatomy.types import Anatomy, Keeps, Kind, PrunableGroup
 from secateur.criteria.score import Scores
 from secateur.errors import BudgetError
 from secateur.registry import Registry
@@ -57,20 +58,36 @@ class Problem:
     @property
     def groups(self) -> list[PrunableGroup]:
         """Groups that take part, in order of execution."""
-        return [g for n, g in self.anatomy.cuttable.items() if n in self.scores.values]
+        every = {**self.anatomy.cuttable, **self.anatomy.removable}
+        return [g for n, g in self.anatomy.groups.items() if n in every and n in self.scores.values]
 
     def unit_cost(self, group: PrunableGroup) -> float:
         return group.unit_params if self.kind == "params" else group.unit_macs
 
-    def cost(self, kept: Mapping[str, int]) -> float:
-        """What remains of the budgeted quantity, exactly."""
+    def units(self, group: PrunableGroup, keeps: Keeps) -> tuple[int, ...]:
+        """The indices of the units that stay: of so many, the best by score, and those that must."""
+        if not isinstance(keeps, int):
+            return tuple(sorted(keeps))
+        values = self.scores.values[group.name].clone()
+        values[list(group.fixed)] = float("inf")
+        return best_units(values, keeps)
+
+    def cost(self, kept: Mapping[str, Keeps]) -> float:
+        """What remains of the budgeted quantity, exactly; blocks differ in cost, so it matters which of them stay."""
+        which = {
+            n: self.units(self.anatomy.groups[n], k)
+            for n, k in kept.items()
+            if self.anatomy.groups[n].kind is Kind.BLOCKS and len(self.scores.values[n])
+        }
+        kept = {**kept, **which}
         return self.anatomy.params_after(kept) if self.kind == "params" else self.anatomy.macs_after(kept)
 
     def allowed(self, group: PrunableGroup) -> list[int]:
         """Counts that a group may keep, ascending, the whole group included."""
-        align = self.align if group.kind in (Kind.HIDDEN, Kind.CHANNELS, Kind.RESIDUAL) else 1
+        align = self.align if group.kind in (Kind.HIDDEN, Kind.CHANNELS) else 1
         step = math.lcm(align, group.multiple)
         least = max(group.least, -(-int(self.floor * group.size * 1_000_000) // 1_000_000), min(step, group.size))
+        least = max(least, len(group.fixed))
         counts = [k for k in range(step, group.size, step) if k >= least]
         return [*counts, group.size]
 
@@ -87,30 +104,38 @@ class Allocator:
     """An allocation rule.
 
     Attributes:
-        allocate: from a problem to counts by group.
+        allocate: from a problem to counts by group, or to the indices that stay.
         curves: it needs error curves.
         measures: it runs the model on data.
         blind: it looks at sizes and costs only, not at scores.
         options: names of the options it reads.
+        blocks: it can choose among whole blocks.
     """
 
-    allocate: Callable[[Problem], dict[str, int]]
+    allocate: Callable[[Problem], dict[str, Any]]
     curves: bool = False
     measures: bool = False
     blind: bool = False
     options: tuple[str, ...] = ()
+    blocks: bool = False
 
 
 allocators: Registry[Allocator] = Registry("allocator")
 
 
 def allocator(
-    name: str, *, curves: bool = False, measures: bool = False, blind: bool = False, options: tuple[str, ...] = ()
+    name: str,
+    *,
+    curves: bool = False,
+    measures: bool = False,
+    blind: bool = False,
+    options: tuple[str, ...] = (),
+    blocks: bool = False,
 ):
-    """Decorator: register a function from `Problem` to counts as an allocator."""
+    """Decorator: register a function from `Problem` to counts (or indices) as an allocator."""
 
-    def add(function: Callable[[Problem], dict[str, int]]) -> Callable[[Problem], dict[str, int]]:
-        allocators.register(name)(Allocator(function, curves, measures, blind, options))
+    def add(function: Callable[[Problem], dict[str, Any]]) -> Callable[[Problem], dict[str, Any]]:
+        allocators.register(name)(Allocator(function, curves, measures, blind, options, blocks))
         return function
 
     return add
@@ -119,6 +144,17 @@ def allocator(
 def nearest(allowed: list[int], wanted: float) -> int:
     """The allowed count closest to a number."""
     return min(allowed, key=lambda k: (abs(k - wanted), k))
+
+
+def check_choice(method: str, groups: Iterable[PrunableGroup]) -> None:
+    """Refuse an allocator that cannot choose among whole blocks where it would have to.
+
+    Raises:
+        BudgetError: with those that can.
+    """
+    if not allocators.get(method).blocks and any(g.kind is Kind.BLOCKS for g in groups):
+        able = ", ".join(n for n in allocators if allocators.get(n).blocks)
+        raise BudgetError(f"allocator '{method}' cannot choose among whole blocks; use one of {able}")
 
 
 def check_reachable(problem: Problem) -> None:
@@ -136,7 +172,7 @@ def check_reachable(problem: Problem) -> None:
         )
 
 
-def largest_within(problem: Problem, counts_at: Callable[[float], dict[str, int]]) -> dict[str, int]:
+def largest_within(problem: Problem, counts_at: Callable[[float], dict[str, Any]]) -> dict[str, Any]:
     """The largest plan of a one-parameter family, growing with x in [0, 1], that meets the target."""
     low, high = 0.0, 1.0
     best = counts_at(low)

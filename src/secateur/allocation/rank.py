@@ -16,7 +16,7 @@ from secateur.allocation.base import Problem, allocator, check_reachable, evened
 from secateur.errors import BudgetError
 
 
-@allocator("global", options=("standardise", "per_class"))
+@allocator("global", options=("standardise", "per_class"), blocks=True)
 def rank(problem: Problem) -> dict[str, int]:
     """The units worth most per parameter (or multiply-accumulate) stay, whatever group they are in."""
     check_reachable(problem)

@@ -3,7 +3,7 @@
 from secateur.allocation.base import Problem, allocator, check_reachable, largest_within, nearest
 
 
-@allocator("uniform", blind=True)
+@allocator("uniform", blind=True, blocks=True)
 def uniform(problem: Problem) -> dict[str, int]:
     """Counts nearest to one common share, the largest share that meets the target."""
     check_reachable(problem)

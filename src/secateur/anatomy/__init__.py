@@ -35,7 +35,7 @@ def find_anatomy(
     Raises:
         AnatomyError: the model cannot be run on the example.
     """
-    from secateur.anatomy.blocks import block_order, declared_groups
+    from secateur.anatomy.blocks import block_groups, block_order, in_blocks, listed_experts, with_block_costs
     from secateur.anatomy.costs import cost_terms, with_costs
     from secateur.anatomy.groups import Builder
     from secateur.anatomy.headdims import renamed, with_head_dims
@@ -62,6 +62,7 @@ def find_anatomy(
         groups = with_streams(groups, leaves, trace, model, lambda m: forward(m, example), proved=rotated)
         with explicit_attention(model):
             groups, parts = with_head_dims(groups, leaves, trace, model, lambda m: forward(m, example), proved=rotated)
+        stacks = block_groups(trace, model, forward, example)
     except (RuntimeError, ValueError, TypeError) as e:
         raise AnatomyError(
             f"{type(model).__name__} could not be run on an input of shape "
@@ -74,7 +75,13 @@ def find_anatomy(
     params = renamed(params, [name for name, _ in model.named_parameters()], parts)
     macs = renamed(macs, [event.module for event in trace.contractions], parts)
     groups = {n: with_costs(g, params, macs) for n, g in groups.items()}
-    groups |= declared_groups(trace, model, params, macs)
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    params = in_blocks(params, [tied[id(p)] for p in model.parameters()], stacks)
+    macs = in_blocks(macs, [[event.module] for event in trace.contractions], stacks)
+    groups |= with_block_costs(stacks, params, macs)
+    groups |= listed_experts(trace, model, macs)
     first = next(iter(tensors_in(example)), torch.empty(0))
     return Anatomy(
         groups=groups,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
 from torch import nn
 
+from secateur.anatomy.stacks import find_stack
 from secateur.anatomy.trace import Trace
 from secateur.anatomy.types import CostTerm, Kind, PrunableGroup
 
-REASON = "whole blocks are declared, but not cut by slicing"
 LISTED = "experts in a list are declared, but not cut by slicing; the hidden units of each are"
 
 
@@ -66,13 +70,10 @@ def _ancestors(path: str, levels: int = 2) -> list[str]:
     return list(dict.fromkeys(out))
 
 
-def declared_groups(
-    trace: Trace, model: nn.Module, params: tuple[CostTerm, ...], macs: tuple[CostTerm, ...]
-) -> dict[str, PrunableGroup]:
-    """A group of kind BLOCKS for every stack of repeated blocks, one of kind EXPERTS for every list of experts."""
+def listed_experts(trace: Trace, model: nn.Module, macs: tuple[CostTerm, ...]) -> dict[str, PrunableGroup]:
+    """A group of kind EXPERTS, which is not cut, for every list of experts."""
     out = {}
-    stacks = [(Kind.BLOCKS, REASON, repeated_blocks(trace, model)), (Kind.EXPERTS, LISTED, expert_lists(trace, model))]
-    for kind, reason, path, members in ((k, r, p, m) for k, r, found in stacks for p, m in found.items()):
+    for path, members in expert_lists(trace, model).items():
         weight = sum(p.numel() for m in members for p in model.get_submodule(m).parameters())
         inside = tuple(m + "." for m in members)
         work = sum(
@@ -80,15 +81,72 @@ def declared_groups(
             for term, event in zip(macs, trace.contractions, strict=True)
             if (event.module + ".").startswith(inside)
         )
-        name = f"{path}:{kind}"
+        name = f"{path}:{Kind.EXPERTS}"
         out[name] = PrunableGroup(
             name=name,
-            kind=kind,
+            kind=Kind.EXPERTS,
             size=len(members),
             owner=path,
             slots=(),
-            reason=reason,
+            reason=LISTED,
             unit_params=weight / len(members),
             unit_macs=work / len(members),
         )
     return out
+
+
+def block_groups(
+    trace: Trace, model: nn.Module, forward: Callable[[nn.Module, Any], Any], example: Any
+) -> dict[str, PrunableGroup]:
+    """A group of kind BLOCKS for every stack of repeated blocks, without its cost.
+
+    Args:
+        forward: how to call the model, in eval mode, on the example.
+    """
+    out = {}
+    for path, members in repeated_blocks(trace, model).items():
+        stack, fixed, reason = find_stack(trace, model, forward, example, path, members)
+        name = f"{path}:{Kind.BLOCKS}"
+        out[name] = PrunableGroup(
+            name=name,
+            kind=Kind.BLOCKS,
+            size=len(members),
+            owner=path,
+            slots=(),
+            reason=reason,
+            stack=stack,
+            fixed={} if reason else fixed,
+        )
+    return out
+
+
+def in_blocks(
+    terms: tuple[CostTerm, ...], names: Sequence[Collection[str]], groups: Mapping[str, PrunableGroup]
+) -> tuple[CostTerm, ...]:
+    """Cost terms that know the blocks they lie in.
+
+    Args:
+        names: for each term, the dotted names of what costs: of a tensor all names, of a contraction its module.
+        groups: of kind BLOCKS.
+    """
+    places = [(g.name, i, m + ".") for g in groups.values() if g.stack for i, m in enumerate(g.stack.members)]
+
+    def of(term_names: Collection[str]) -> tuple[tuple[tuple[str, int], ...], ...]:
+        inside = [tuple((g, i) for g, i, m in places if f"{n}.".startswith(m)) for n in term_names]
+        return tuple(inside) if all(inside) else ()
+
+    return tuple(replace(term, blocks=of(n)) for term, n in zip(terms, names, strict=True))
+
+
+def with_block_costs(
+    groups: dict[str, PrunableGroup], params: tuple[CostTerm, ...], macs: tuple[CostTerm, ...]
+) -> dict[str, PrunableGroup]:
+    """The groups with the mean cost of a block."""
+
+    def mean(terms: tuple[CostTerm, ...], group: PrunableGroup) -> float:
+        mine = (t.amount for t in terms if any(n == group.name for inside in t.blocks for n, _ in inside))
+        return sum(mine) / group.size
+
+    return {
+        n: replace(g, unit_params=mean(params, g), unit_macs=mean(macs, g)) if g.stack else g for n, g in groups.items()
+    }

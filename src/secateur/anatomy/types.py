@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.errors import AnatomyError
 from secateur.nn.narrow import Narrowing
 from secateur.nn.slicing import AttrEdit
+from secateur.nn.stack import Stack
 from secateur.nn.stream import Stream
 
 
@@ -117,6 +118,8 @@ class PrunableGroup:
         multiple: how many units stay, if not all, is a multiple of this (a kernel wants aligned rows).
         stream: its norms and scales, where the units are entries of the residual stream.
         narrowing: how the owner is given head sizes of its own first, where the units are dimensions of heads.
+        stack: for whole blocks, where they are and what counts them.
+        fixed: units that must stay, each with the reason.
     """
 
     name: str
@@ -136,6 +139,8 @@ class PrunableGroup:
     multiple: int = 1
     stream: Stream = field(default_factory=Stream)
     narrowing: Narrowing | None = None
+    stack: Stack | None = None
+    fixed: dict[int, str] = field(default_factory=dict)
 
     @property
     def cuttable(self) -> bool:
@@ -184,12 +189,37 @@ class AxisUse:
         return self.left(removed) / self.size
 
 
+# What a group keeps: how many units, or which (for whole blocks, whose costs differ).
+Keeps = int | Collection[int]
+
+
 @dataclass(frozen=True)
 class CostTerm:
-    """Parameters of one tensor, or multiply-accumulates of one contraction, as a product of axes."""
+    """Parameters of one tensor, or multiply-accumulates of one contraction, as a product of axes.
+
+    Attributes:
+        amount: in the dense model.
+        axes: that groups shorten.
+        blocks: for each name of the tensor (one, unless it is tied), the blocks it lies in, as (group, index); it is
+            gone when under each name one of these is.
+    """
 
     amount: float
     axes: tuple[AxisUse, ...]
+    blocks: tuple[tuple[tuple[str, int], ...], ...] = ()
+
+    def stays(self, depth: Mapping[str, Keeps], sizes: Mapping[str, int]) -> float:
+        """1, or 0 if the blocks that it lies in are gone; where only counts are known, the share that stays."""
+        if not self.blocks:
+            return 1.0
+        return max(
+            math.prod(_stays(depth[group], index, sizes[group]) for group, index in inside if group in depth)
+            for inside in self.blocks
+        )
+
+
+def _stays(keeps: Keeps, index: int, size: int) -> float:
+    return keeps / size if isinstance(keeps, int) else float(index in keeps)
 
 
 @dataclass(frozen=True)
@@ -213,27 +243,42 @@ class Anatomy:
 
     @property
     def cuttable(self) -> dict[str, PrunableGroup]:
-        return {n: g for n, g in self.groups.items() if g.cuttable}
+        """Groups that are cut unless others are asked for: everything but whole blocks."""
+        return {n: g for n, g in self.groups.items() if g.cuttable and g.kind is not Kind.BLOCKS}
+
+    @property
+    def removable(self) -> dict[str, PrunableGroup]:
+        """Stacks out of which whole blocks can be removed."""
+        return {n: g for n, g in self.groups.items() if g.cuttable and g.kind is Kind.BLOCKS}
 
     def group(self, name: str) -> PrunableGroup:
         if name not in self.groups:
             raise AnatomyError(f"no group '{name}'; this model has: {', '.join(list(self.groups)[:8])}, ...")
         return self.groups[name]
 
-    def _total(self, terms: tuple[CostTerm, ...], kept: Mapping[str, int]) -> float:
-        removed = {n: self.groups[n].size - k for n, k in kept.items() if n in self.groups}
+    def _total(self, terms: tuple[CostTerm, ...], kept: Mapping[str, Keeps]) -> float:
+        known = {n: k for n, k in kept.items() if n in self.groups}
+        depth = {n: k for n, k in known.items() if self.groups[n].kind is Kind.BLOCKS}
+        counts = {n: k if isinstance(k, int) else len(k) for n, k in known.items() if n not in depth}
+        removed = {n: self.groups[n].size - k for n, k in counts.items()}
+        sizes = {n: self.groups[n].size for n in depth}
         total = 0.0
         for term in terms:
-            amount = term.amount
+            amount = term.amount * term.stays(depth, sizes)
             for axis in term.axes:
                 amount *= axis.ratio(removed)
             total += amount
         return total
 
-    def params_after(self, kept: Mapping[str, int]) -> int:
-        """Exact parameter count when each named group keeps so many units (biases added by compensation aside)."""
+    def params_after(self, kept: Mapping[str, Keeps]) -> int:
+        """Exact parameter count when each named group keeps so many units (biases added by compensation aside).
+
+        Args:
+            kept: by group, how many units stay, or which; of whole blocks give which, since a count stands for that
+                share of each of them.
+        """
         return round(self._total(self.param_terms, kept))
 
-    def macs_after(self, kept: Mapping[str, int]) -> float:
-        """Multiply-accumulates per example when each named group keeps so many units."""
+    def macs_after(self, kept: Mapping[str, Keeps]) -> float:
+        """Multiply-accumulates per example when each named group keeps so many units, or these."""
         return self._total(self.mac_terms, kept)

@@ -110,7 +110,7 @@ def calibrate(
         again=first if checkpointing else None,
         projected=projected,
     )
-    if not collector.watches:
+    if not collector.watches and not anatomy.removable:
         raise AnatomyError("the model has no group whose units can be observed; see `secateur inspect` for the reasons")
     device = next(model.parameters()).device
     watch, kept = StreamWatch(model, anatomy.blocks), MomentWatch(model, anatomy, moments)

@@ -52,8 +52,8 @@ def compress(
     floor: Floor = 0.1,
     align: Align = 8,
     uniform_width: Uniform = False,
-    criterion: Criterion = "obs",
-    allocator: Allocator = "curve",
+    criterion: Criterion = None,
+    allocator: Allocator = None,
     compensate: Annotated[
         str, typer.Option(help="How what remains is refit; see secateur.list_compensators().", rich_help_panel=METHOD)
     ] = "sequential",

@@ -42,6 +42,7 @@ def inspect(
         f"{' x '.join(map(str, anatomy.input_shape))}\n"
     )
     rows: list[tuple[str, ...]] = []
+    stacks: list[tuple[str, ...]] = []
     rest: dict[str, list[str]] = {}
     for groups in merged(anatomy.groups.values(), everything):
         first, name = groups[0], label([g.name for g in groups])
@@ -50,11 +51,13 @@ def inspect(
             continue
         params, macs = (sum(getattr(g, what) * g.size for g in groups) for what in ("unit_params", "unit_macs"))
         shares = f"{params / anatomy.params:.1%}", f"{macs / max(anatomy.macs, 1):.1%}"
-        rows.append((name, str(first.size), *shares, _note(first)))
-    columns = ["group", "units", "params", "MACs", "note"]
-    if not any(row[-1] for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    show("Can be cut", columns, rows)
+        if first.stack is not None:
+            stacks.append((name, str(first.size), *shares, "; ".join(f"{i}: {why}" for i, why in first.fixed.items())))
+        else:
+            rows.append((name, str(first.size), *shares, _note(first)))
+    show("Can be cut", *_filled(["group", "units", "params", "MACs", "note"], rows))
+    whole = _filled(["stack", "blocks", "params", "MACs", "must stay"], stacks)
+    show("Can be removed whole, with --kinds blocks", *whole)
     if rest:
         typer.secho("Cannot be cut", bold=True)
     for reason, names in rest.items():
@@ -62,6 +65,11 @@ def inspect(
         typer.echo("\n".join(f"    {name}" for name in names))
     none = 1 - anatomy.params_after(dict.fromkeys(anatomy.cuttable, 0)) / anatomy.params
     typer.echo(f"\n{none:.1%} of the parameters belong to units that can be cut.")
+
+
+def _filled(columns: list[str], rows: list[tuple[str, ...]]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The table, without the last column where it is empty."""
+    return (columns, rows) if any(row[-1] for row in rows) else (columns[:-1], [row[:-1] for row in rows])
 
 
 def _note(group: PrunableGroup) -> str:

@@ -64,7 +64,11 @@ KeepMacs = Annotated[
     float | None, typer.Option(help="Share of the multiply-accumulates to keep.", rich_help_panel=BUDGET)
 ]
 Kinds = Annotated[
-    str | None, typer.Option(help="Cut only groups of these kinds, e.g. hidden,heads.", rich_help_panel=BUDGET)
+    str | None,
+    typer.Option(
+        help="Cut only groups of these kinds, e.g. hidden,heads; or blocks, to remove whole ones.",
+        rich_help_panel=BUDGET,
+    ),
 ]
 Floor = Annotated[
     float, typer.Option(min=0, max=0.99, help="Least share of every group to keep.", rich_help_panel=BUDGET)
@@ -77,10 +81,18 @@ Uniform = Annotated[
     ),
 ]
 Criterion = Annotated[
-    str, typer.Option(help="How units are scored; see secateur.list_criteria().", rich_help_panel=METHOD)
+    str | None,
+    typer.Option(
+        help="How units are scored; see secateur.list_criteria(). By default obs; block-influence for whole blocks.",
+        rich_help_panel=METHOD,
+    ),
 ]
 Allocator = Annotated[
-    str, typer.Option(help="How the cut is shared out; see secateur.list_allocators().", rich_help_panel=METHOD)
+    str | None,
+    typer.Option(
+        help="How the cut is shared out; see secateur.list_allocators(). By default curve; uniform for whole blocks.",
+        rich_help_panel=METHOD,
+    ),
 ]
 Ridge = Annotated[
     float, typer.Option(min=0, help="Of the regression, relative to the mean diagonal.", rich_help_panel=METHOD)

@@ -42,8 +42,8 @@ def plan(
     floor: Floor = 0.1,
     align: Align = 8,
     uniform_width: Uniform = False,
-    criterion: Criterion = "obs",
-    allocator: Allocator = "curve",
+    criterion: Criterion = None,
+    allocator: Allocator = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="NAME=VALUE for the allocator, e.g. tolerance=0.01.", rich_help_panel=METHOD),
@@ -76,8 +76,11 @@ def plan(
     from secateur.criteria import criteria
     from secateur.errors import DataError
     from secateur.files import check_writable
+    from secateur.result import Settings
 
     budget = Budget(**{k: v for k, v in (("params", keep_params), ("macs", keep_macs)) if v is not None})
+    chosen = Settings.of(kinds=listed(kinds), criterion=criterion, allocator=allocator)
+    criterion, allocator = chosen.criterion, chosen.allocator
     criteria.get(criterion)
     if allocators.get(allocator).measures and images is None:
         raise DataError(f"allocator '{allocator}' measures the model: give --images")

@@ -3,6 +3,8 @@
 from secateur.criteria import (  # noqa: F401  (they register themselves)
     amp,
     amp_llm,
+    angular,
+    block_influence,
     cfsp,
     dgmr,
     flap,
@@ -19,7 +21,7 @@ from secateur.criteria import (  # noqa: F401  (they register themselves)
     variance,
     wanda,
 )
-from secateur.criteria.base import Criterion, GroupView, criteria, criterion
+from secateur.criteria.base import Criterion, GroupView, block_criterion, criteria, criterion
 from secateur.criteria.score import Scores, score
 
-__all__ = ["Criterion", "GroupView", "Scores", "criteria", "criterion", "score"]
+__all__ = ["Criterion", "GroupView", "Scores", "block_criterion", "criteria", "criterion", "score"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.anatomy.types import Consumer, Kind, PrunableGroup
 from secateur.calibration.statistics import LayerSums, Statistics, TaylorSums
+from secateur.calibration.stream import StreamSums
 from secateur.calibration.weights import WeightSums
 from secateur.errors import DataError
 from secateur.nn.params import get_tensor
@@ -41,13 +42,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class GroupView:
-    """A group with its weights and statistics, as a criterion reads them."""
+    """A group with its weights and statistics, as a criterion reads them; and the paths of the model's blocks."""
 
     group: PrunableGroup
     model: nn.Module
     statistics: Statistics | None
     seed: int = 0
     options: dict[str, float | str] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -136,6 +138,24 @@ class GroupView:
             )
         return found
 
+    def stream(self) -> tuple[StreamSums, Tensor]:
+        """For a group of whole blocks: the sums over the stream, and the indices [U + 1] of its places among them.
+
+        Raises:
+            DataError: they were not collected, or the stream changes its shape on the way.
+        """
+        sums = None if self.statistics is None else self.statistics.stream
+        members = self.group.stack.members if self.group.stack else ()
+        if sums is None or not set(members) <= set(self.blocks):
+            raise DataError(f"these statistics hold nothing about the blocks of '{self.group.name}'; calibrate again")
+        first = self.blocks.index(members[0])
+        if tuple(self.blocks[first : first + len(members)]) != members or float(sums.count) == 0:
+            raise DataError(
+                f"the stream changes on its way through the blocks of this model, so those of '{self.group.name}' "
+                "cannot be compared; write the plan by hand"
+            )
+        return sums, torch.arange(first, first + len(members) + 1)
+
     def option(self, name: str, default: float | str) -> float | str:
         return self.options.get(name, default)
 
@@ -154,6 +174,8 @@ class Criterion:
         moments: it scores query/key dimensions as well, which no layer reads.
         weighting: its covariances are better weighted by how much a token matters.
         options: names of the options it reads.
+        between: for criteria of whole blocks: from a view of a stack to [U + 1, U + 1], how far the stream turns from
+            the place before block i to the place before block j.
     """
 
     score: Callable[[GroupView], Tensor]
@@ -165,6 +187,12 @@ class Criterion:
     weights: tuple[str, ...] = ()
     projected: bool = False
     moments: bool = False
+    between: Callable[[GroupView], Tensor] | None = None
+
+    @property
+    def blocks(self) -> bool:
+        """Whether it scores whole blocks, and nothing else."""
+        return self.between is not None
 
 
 criteria: Registry[Criterion] = Registry("criterion")
@@ -188,6 +216,20 @@ def criterion(
         rule = Criterion(function, data, covariance, losses, weighting, options, weights, projected, moments)
         criteria.register(name)(rule)
         return function
+
+    return add
+
+
+def block_criterion(name: str) -> Callable[[Callable[[GroupView], Tensor]], Callable[[GroupView], Tensor]]:
+    """Decorator: register a function from a `GroupView` of a stack to [U + 1, U + 1] as a criterion of whole blocks.
+
+    Entry (i, j) says how far the stream turns from the place before block i to the place before block j; a block's
+    score is its own turn.
+    """
+
+    def add(between: Callable[[GroupView], Tensor]) -> Callable[[GroupView], Tensor]:
+        criteria.register(name)(Criterion(lambda view: between(view).diagonal(1).clone(), between=between))
+        return between
 
     return add
 

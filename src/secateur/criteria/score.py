@@ -31,6 +31,8 @@ class Scores:
         meta: criterion, options and fingerprint of the model.
         anatomy: of the model (not saved).
         blocks: [L], by how much of an angle (in units of pi) each block turns the stream; empty if not collected.
+        between: by group of whole blocks, [U + 1, U + 1], how far the stream turns from before block i to before
+            block j.
     """
 
     values: dict[str, Tensor]
@@ -38,12 +40,14 @@ class Scores:
     meta: dict[str, Any] = field(default_factory=dict)
     anatomy: Anatomy | None = field(default=None, repr=False)
     blocks: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    between: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write safetensors; atomic."""
         tensors = {f"value|{k}": v for k, v in self.values.items()}
         tensors |= {f"curve|{k}": v for k, v in self.curves.items()}
         tensors |= {"blocks": self.blocks} if self.blocks.numel() else {}
+        tensors |= {f"between|{k}": v for k, v in self.between.items()}
         write_tensors(path, "scores", self.meta, tensors)
 
     @classmethod
@@ -57,12 +61,12 @@ class Scores:
 
     @classmethod
     def _of(cls, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Scores:
-        parts: dict[str, dict[str, Tensor]] = {"value": {}, "curve": {}}
+        parts: dict[str, dict[str, Tensor]] = {"value": {}, "curve": {}, "between": {}}
         blocks = tensors.pop("blocks", torch.empty(0))
         for name, tensor in tensors.items():
             kind, _, group = name.partition("|")
             parts[kind][group] = tensor
-        return cls(parts["value"], parts["curve"], meta, blocks=blocks)
+        return cls(parts["value"], parts["curve"], meta, blocks=blocks, between=parts["between"])
 
 
 def score(
@@ -76,7 +80,7 @@ def score(
     curves: bool = True,
     **options: float | str,
 ) -> Scores:
-    """Score every cuttable group of a model.
+    """Score every cuttable group of a model: with a criterion of whole blocks its stacks, else all others.
 
     Args:
         statistics: of this model; None for criteria that need no data.
@@ -107,11 +111,12 @@ def score(
     if statistics is not None and statistics.stream is not None and float(statistics.stream.count) > 0:
         out.meta["influence"] = dict(zip(anatomy.blocks, statistics.stream.influence().tolist(), strict=True))
         out.blocks = statistics.stream.influence(angular=True)
-    wanted = set(anatomy.cuttable if groups is None else groups)
-    todo = [g for n, g in anatomy.cuttable.items() if n in wanted]
+    every = anatomy.removable if rule.blocks else anatomy.cuttable
+    wanted = set(every if groups is None else groups)
+    todo = [g for n, g in every.items() if n in wanted]
     for group in track(todo, f"Scoring ({criterion})"):
-        view = GroupView(group, model, statistics, seed, dict(options))
-        unread = rule.moments and group.kind is Kind.QK_DIM
+        view = GroupView(group, model, statistics, seed, dict(options), anatomy.blocks)
+        unread = rule.blocks or (rule.moments and group.kind is Kind.QK_DIM)
         if rule.data and not unread and not any(r.sums is not None for r in view.readings()):
             continue  # not observable: stays whole
         values = rule.score(view).float()
@@ -120,6 +125,9 @@ def score(
                 f"criterion '{criterion}' gave NaN or infinite scores for '{group.name}'; check the weights"
             )
         out.values[group.name] = values
+        if rule.between is not None:
+            out.between[group.name] = rule.between(view).float()
+            continue
         curve = error_curve(view, values) if curves else None
         if curve is not None:
             out.curves[group.name] = curve

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from secateur.allocation import allocate, allocators, best_units
+from secateur.allocation import allocate, allocators
+from secateur.allocation.base import best_units
 from secateur.anatomy import Anatomy
 from secateur.artifact import load
 from secateur.artifact.save import describe

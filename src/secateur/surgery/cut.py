@@ -1,4 +1,7 @@
-"""Applying a Plan: compensate, slice, rewrite attributes; the result computes what the masked model computes."""
+"""Applying a Plan: compensate, slice, rewrite attributes, remove blocks.
+
+The result computes what the masked model computes.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,10 @@ from secateur.nn.narrow import Narrowing, narrow_
 from secateur.nn.params import get_tensor
 from secateur.nn.reforward import reforward_
 from secateur.nn.slicing import finish_, keep_mask, slice_tensors_
+from secateur.nn.standin import handing_on
 from secateur.plan import Plan
 from secateur.surgery.compensate import Compensator, compensators
+from secateur.surgery.depth import absentees, remove_blocks_, split
 from secateur.surgery.layer import LayerCut, add_to_bias_, read_weight, write_weight_
 from secateur.surgery.recipe import Recipe
 
@@ -99,7 +104,7 @@ def prune_(
 ) -> nn.Module:
     """Cut a model in place by slicing, with a closed-form compensator. See `prune`."""
     rule: Compensator = compensators.get(compensate)
-    cuts = check_plan(model, plan, anatomy)
+    cuts, depth = split(check_plan(model, plan, anatomy))
     layers = consumer_cuts(cuts, statistics, ridge)
     if rule.data and not rule.sequential and statistics is None and cuts:
         raise DataError(f"compensator '{compensate}' needs statistics; calibrate first, or use compensate='none'")
@@ -131,8 +136,7 @@ def prune_(
     edits = [(edit, group.size - len(keep)) for group, keep in cuts.values() for edit in group.edits]
     finish_(model, masks, edits)
     recipe = recipe_of(model).then(_recipe(model, before, masks, rewritten, added, cuts, narrowed))
-    object.__setattr__(model, _RECIPE, recipe)
-    object.__setattr__(model, _PLAN, plan)
+    mark_as_cut(model, remove_blocks_(model, depth, recipe), plan)
     return model
 
 
@@ -157,9 +161,14 @@ def prune(model: nn.Module, plan: Plan, **options: Any) -> nn.Module:
 
 @torch.no_grad()
 def mask(model: nn.Module, plan: Plan, anatomy: Anatomy) -> nn.Module:
-    """A copy of the dense model in which the units that the plan removes are silent: the reference for `prune`."""
+    """A copy of the dense model in which the units that the plan removes are silent, and the blocks that it removes
+    hand on what they take in: the reference for `prune`."""
     out = copy.deepcopy(model)
-    mask_(out, check_plan(model, plan, anatomy).values())
+    cuts, depth = split(check_plan(model, plan, anatomy))
+    for group, keep in depth.values():
+        for path in absentees({group.name: (group, keep)}):
+            out.get_submodule(path).forward = handing_on(group.stack.returns)  # type: ignore[union-attr]
+    mask_(out, cuts.values())
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
@@ -13,13 +15,35 @@ from secateur.nn.localconfig import PREFIX, get_size, set_size
 from secateur.nn.narrow import Narrowing, narrow_
 from secateur.nn.params import get_tensor, owner_of, set_tensor, sync_attributes
 from secateur.nn.reforward import reforward_
+from secateur.nn.replacement import Structure, replacement
+from secateur.nn.stack import Stack, remove_
 from secateur.nn.stream import mix_, uncentre_
 
 
-class Recipe(BaseModel):
-    """Structural changes, in terms of the dense skeleton.
+class BlockCut(BaseModel):
+    """Blocks that were removed from one container.
 
     Attributes:
+        stack: the container as it was, and what counts its blocks.
+        keep: indices of the blocks that stay.
+        replaced: what took the place of removed blocks, by index.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    stack: Stack
+    keep: list[int]
+    replaced: dict[int, Structure] = Field(default_factory=dict)
+
+    def apply_(self, model: nn.Module) -> Callable[[str], str | None]:
+        """Remove them, in place; see `secateur.nn.stack.remove_`. Replacements are left to be filled."""
+        return remove_(model, self.stack, self.keep, {i: replacement(s) for i, s in self.replaced.items()})
+
+
+class Recipe(BaseModel):
+    """Structural changes; blocks are removed first, all other names are those after that.
+
+    Attributes:
+        blocks: removed blocks, in the order in which they went, each in terms of the names then.
         shapes: new shape of every parameter and buffer that changed.
         attributes: [module, attribute, value] of every size attribute that changed.
         headwise: modules of class nn.MultiheadAttention that became HeadwiseAttention.
@@ -33,6 +57,7 @@ class Recipe(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
+    blocks: list[BlockCut] = Field(default_factory=list)
     shapes: dict[str, list[int]] = Field(default_factory=dict)
     attributes: list[tuple[str, str, int | list[int]]] = Field(default_factory=list)
     headwise: list[str] = Field(default_factory=list)
@@ -64,6 +89,26 @@ class Recipe(BaseModel):
             at = ".".join(str(x) for x in first["loc"])
             raise ArtifactError(f"{where} is damaged at '{at}': {first['msg']}") from e
 
+    def without(self, cut: BlockCut, rename: Callable[[str], str | None]) -> Recipe:
+        """The recipe with more blocks removed after all else."""
+
+        def named(path: str) -> str:
+            return rename(path) or ""
+
+        return Recipe(
+            blocks=[*self.blocks, cut],
+            shapes={named(n): s for n, s in self.shapes.items() if rename(n) is not None},
+            attributes=[(named(p), a, v) for p, a, v in self.attributes if rename(p) is not None],
+            headwise=[named(p) for p in self.headwise if rename(p) is not None],
+            rewritten=[(named(p), heads) for p, heads in self.rewritten if rename(p) is not None],
+            biases=[named(n) for n in self.biases if rename(n) is not None],
+            rotated=self.rotated,
+            mixed=[named(p) for p in self.mixed if rename(p) is not None],
+            uncentred=[named(p) for p in self.uncentred if rename(p) is not None],
+            narrowed=[replace(n, module=named(n.module)) for n in self.narrowed if rename(n.module) is not None],
+            eps=[(named(p), a, v) for p, a, v in self.eps if rename(p) is not None],
+        )
+
     def apply_(self, model: nn.Module) -> nn.Module:
         """Give a dense skeleton the cut structure, in place; weights are left to be loaded.
 
@@ -71,6 +116,8 @@ class Recipe(BaseModel):
             ArtifactError: the skeleton is not the one this recipe was written for.
         """
         try:
+            for cut in self.blocks:
+                cut.apply_(model)
             for path, heads in self.rewritten:
                 if not reforward_(model.get_submodule(path), dict(heads)):
                     raise ArtifactError(

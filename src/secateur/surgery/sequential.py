@@ -70,6 +70,7 @@ def refit_(
     statistics: Statistics | None = None,
     power: float = 0.5,
     add_bias: bool = True,
+    absent: tuple[str, ...] = (),
 ) -> list[str]:
     """Refit, in place and in order of execution, every layer of a cut model that can be.
 
@@ -81,10 +82,12 @@ def refit_(
         statistics: of the dense model, for the weights of positions.
         power: exponent of the gradient energy in a position's weight.
         add_bias: give layers without a bias one.
+        absent: paths of blocks that stand aside in the cut model.
 
     Returns:
         Names of biases that were added.
     """
+    lost = tuple(f"{path}." for path in absent)
     with explicit_attention(dense), explicit_attention(small):
         first = next(iter(data))
         prefixes = {"dense": Prefix(dense, anatomy.blocks, forward), "cut": Prefix(small, anatomy.blocks, forward)}
@@ -97,6 +100,7 @@ def refit_(
         targets = [
             replace(t, outputs=masks.get(t.consumer.weight, {}).get(1 - t.consumer.axis))
             for t in targets_of(dense, anatomy, first)
+            if not t.consumer.module.startswith(lost)
         ]
         stages = sorted({t.stage for t in targets})
         added: list[str] = []
@@ -249,7 +253,7 @@ def refit_layer(
     if statistics is not None and path in statistics.layers:
         energy = statistics.layers[path].position_weights(power)
     residual = consumer.residual if target.inside else None
-    moments = _Moments(start_ND.shape[0], start_ND.shape[1])
+    moments = Moments(start_ND.shape[0], start_ND.shape[1])
     points = [(path, "in", 0), (path, "out", 0), point_of(target)]
     for index, batch in runner.batches():
         h, y, seen = runner.run("cut", target.stage, index, batch, points, keep=False)
@@ -280,7 +284,7 @@ def _scale(model: nn.Module, target: Target) -> Tensor | float:
     return torch.where(scale.abs() < 1e-3 * scale.abs().max(), torch.full_like(scale, float("inf")), scale)
 
 
-class _Moments:
+class Moments:
     """Weighted sums, over either half of the images, for the regression of a gap on inputs and a constant."""
 
     def __init__(self, n: int, d: int) -> None:
@@ -288,10 +292,11 @@ class _Moments:
         self.crosses = [torch.zeros(n + 1, d) for _ in range(2)]
         self.images = 0
 
-    def add(self, h_BPN: Tensor, gap_BPD: Tensor, weights_P: Tensor | None) -> None:
+    def add(self, h_BPN: Tensor, gap_BPD: Tensor, weights: Tensor | None) -> None:
+        """Add a batch; weights are [P] or [B, P]."""
         ones = torch.ones_like(h_BPN[..., :1])
         x_BPN = torch.cat([h_BPN, ones], -1).float()
-        wx_BPN = x_BPN if weights_P is None else x_BPN * weights_P.to(x_BPN)[None, :, None]
+        wx_BPN = x_BPN if weights is None else x_BPN * weights.to(x_BPN)[..., None]
         for half in range(2):
             every_other = slice((half + self.images) % 2, None, 2)
             x, wx, gap = (t[every_other].flatten(0, 1) for t in (x_BPN, wx_BPN, gap_BPD))
