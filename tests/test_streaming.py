@@ -78,8 +78,12 @@ def test_anatomy_without_weights(folder):
     assert all(p.is_meta for p in bare.parameters())
     assert not any(b.is_meta for b in bare.buffers())
     a, b = sc.inspect(dense), sc.inspect(bare)
-    assert (a.params, a.macs, a.blocks, list(a.groups)) == (b.params, b.macs, b.blocks, list(b.groups))
-    for one, other in zip(a.groups.values(), b.groups.values(), strict=True):
+    assert (a.params, a.macs, a.blocks) == (b.params, b.macs, b.blocks)
+    rest = {"residual", "qk_dim", "vo_dim", "head_dim", "blocks"}  # cut in models that are in memory
+    ours, theirs = ({n: g for n, g in x.groups.items() if str(g.kind) not in rest} for x in (a, b))
+    assert list(ours) == list(theirs)
+    assert any(g.cuttable for g in ours.values())
+    for one, other in zip(ours.values(), theirs.values(), strict=True):
         assert (one.reason, one.edits, one.rewritten) == (other.reason, other.edits, other.rewritten)
     assert sc.macs(bare) == sc.macs(dense)
 

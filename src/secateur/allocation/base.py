@@ -1,8 +1,8 @@
 """What an allocator is given, what it gives back, and the registry.
 
 An allocator is one function from a `Problem` to how many units each group keeps. Which ones those are is settled, the
-best by score, unless the allocator says which. `Problem` knows which counts are allowed (floors,
-alignment) and what they cost.
+best by score, unless the allocator says which. `Problem` knows which counts are allowed (floors, alignment) and what
+they cost.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Problem:
 
     def allowed(self, group: PrunableGroup) -> list[int]:
         """Counts that a group may keep, ascending, the whole group included."""
-        align = self.align if group.kind in (Kind.HIDDEN, Kind.CHANNELS) else 1
+        align = self.align if group.kind in (Kind.HIDDEN, Kind.CHANNELS, Kind.RESIDUAL) else 1
         step = math.lcm(align, group.multiple)
         least = max(group.least, -(-int(self.floor * group.size * 1_000_000) // 1_000_000), min(step, group.size))
         least = max(least, len(group.fixed))

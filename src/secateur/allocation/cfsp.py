@@ -19,9 +19,10 @@ from secateur.errors import BudgetError
 def cfsp(problem: Problem) -> dict[str, int]:
     """Counts by the importance of the block; groups outside all blocks are as important as the mean."""
     check_reachable(problem)
-    blocks, angles = problem.anatomy.blocks, problem.scores.blocks
-    if len(angles) != len(blocks) or not len(blocks):
+    blocks, turns = problem.anatomy.blocks, problem.scores.blocks
+    if len(turns) != len(blocks) or not len(blocks):
         raise BudgetError("allocator 'cfsp' needs how much every block turns the stream: score with fresh statistics")
+    angles = turns[:, 1]
     importance = torch.sigmoid(float(problem.options.get("scale", 26.0)) * (angles - angles.mean()))
     worth = {g.name: _of_block(g.owner, blocks, importance) for g in problem.groups}
     allowed = {g.name: problem.allowed(g) for g in problem.groups}

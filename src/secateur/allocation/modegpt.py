@@ -21,8 +21,8 @@ from secateur.errors import BudgetError
 def modegpt(problem: Problem) -> dict[str, int]:
     """Counts by the influence of each group's block, the largest mean share that meets the target."""
     check_reachable(problem)
-    influence: dict[str, float] = problem.scores.meta.get("influence") or {}
-    if not influence:
+    blocks, turns = problem.anatomy.blocks, problem.scores.blocks
+    if len(turns) != len(blocks) or not len(blocks):
         raise BudgetError(
             "allocator 'modegpt' needs how much every block turns the stream: score with statistics of a model with "
             "repeated blocks, or use 'uniform'"
@@ -30,8 +30,8 @@ def modegpt(problem: Problem) -> dict[str, int]:
     eps, cap = float(problem.options.get("eps", 0.1)), float(problem.options.get("cap", 0.8))
     if eps <= 0 or not 0 < cap <= 1:
         raise BudgetError(f"eps is above 0 and cap a share, found {eps:g} and {cap:g}")
-    place = {path: i for i, path in enumerate(influence)}
-    weights = torch.softmax(-torch.tensor(list(influence.values()), dtype=torch.double) / eps, 0)
+    place = {path: i for i, path in enumerate(blocks)}
+    weights = torch.softmax(-turns[:, 0].double() / eps, 0)
     block = {
         g.name: next((i for path, i in place.items() if f"{g.owner}.".startswith(f"{path}.")), None)
         for g in problem.groups

@@ -45,6 +45,7 @@ def find_anatomy(
     from secateur.nn.attention import explicit_attention
     from secateur.nn.slicing import drop_caches_
     from secateur.nn.trees import tensors_in
+    from secateur.nn.weightless import is_weightless
 
     forward = forward or (lambda m, x: m(x))
     modes = [(m, m.training) for m in model.modules()]
@@ -59,9 +60,14 @@ def find_anatomy(
             groups = builder.build()
             leaves = builder.leaves
         groups = Verifier(model, forward, example, trace).prove(groups, leaves)
-        groups = with_streams(groups, leaves, trace, model, lambda m: forward(m, example), proved=rotated)
-        with explicit_attention(model):
-            groups, parts = with_head_dims(groups, leaves, trace, model, lambda m: forward(m, example), proved=rotated)
+        if is_weightless(model):
+            parts: dict[str, dict[str, str]] = {}
+        else:
+            groups = with_streams(groups, leaves, trace, model, lambda m: forward(m, example), proved=rotated)
+            with explicit_attention(model):
+                groups, parts = with_head_dims(
+                    groups, leaves, trace, model, lambda m: forward(m, example), proved=rotated
+                )
         stacks = block_groups(trace, model, forward, example)
     except (RuntimeError, ValueError, TypeError) as e:
         raise AnatomyError(

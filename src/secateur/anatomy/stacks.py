@@ -21,6 +21,7 @@ from secateur.errors import AnatomyError, reason
 from secateur.nn.stack import Stack, remove_
 from secateur.nn.standin import Returns, merged, returns_of
 from secateur.nn.trees import tensors_in
+from secateur.nn.weightless import is_weightless
 from secateur.replay import absent
 
 TOLERANCE = 1e-7  # the same operations on the same numbers: nothing is forgiven but a kernel's own noise
@@ -51,6 +52,8 @@ def find_stack(
     """
     names = tuple(m.rpartition(".")[2] for m in members)
     stack = Stack(path, names)
+    if is_weightless(model):
+        return stack, {}, "whole blocks are removed from models that are in memory"
     try:
         reference = _Runner(model, forward, example)
         stack = replace(stack, returns=_returns(model, stack, reference))

@@ -34,6 +34,11 @@ class StreamSums:
     def zeros(cls, blocks: int) -> StreamSums:
         return cls(torch.zeros(()), torch.zeros(blocks + 1, blocks + 1), torch.zeros(blocks + 1, blocks + 1))
 
+    @property
+    def turns(self) -> Tensor:
+        """[L, 2]: how far each block turns the stream, as 1 - cosine and as an angle in units of pi."""
+        return torch.stack([self.influence(), self.influence(angular=True)], 1)
+
     def influence(self, run: int = 1, *, angular: bool = False) -> Tensor:
         """[L + 1 - run]: mean change over every run of consecutive blocks, 1 - cosine or the angle.
 

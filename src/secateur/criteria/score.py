@@ -30,7 +30,8 @@ class Scores:
             refit; only where covariances and gradients were collected.
         meta: criterion, options and fingerprint of the model.
         anatomy: of the model (not saved).
-        blocks: [L], by how much of an angle (in units of pi) each block turns the stream; empty if not collected.
+        blocks: [L, 2], how far each block of the model turns the stream, as 1 - cosine and as an angle in units of pi;
+            empty if not collected.
         between: by group of whole blocks, [U + 1, U + 1], how far the stream turns from before block i to before
             block j.
     """
@@ -109,8 +110,7 @@ def score(
         raise DataError("these statistics belong to another model, or to other weights; calibrate this one")
     out = Scores({}, meta={"criterion": criterion, "options": options, "fingerprint": mark}, anatomy=anatomy)
     if statistics is not None and statistics.stream is not None and float(statistics.stream.count) > 0:
-        out.meta["influence"] = dict(zip(anatomy.blocks, statistics.stream.influence().tolist(), strict=True))
-        out.blocks = statistics.stream.influence(angular=True)
+        out.blocks = statistics.stream.turns
     every = anatomy.removable if rule.blocks else anatomy.cuttable
     wanted = set(every if groups is None else groups)
     todo = [g for n, g in every.items() if n in wanted]

@@ -48,27 +48,29 @@ class BlockSums:
 
 
 class Turn:
-    """By how much of an angle, in units of pi, a block turns the stream: the mean over tokens.
+    """How far a block turns the stream, as 1 - cosine and as an angle in units of pi: means over tokens.
 
     Args:
         walk: before the block.
     """
 
     def __init__(self, walk: Walk) -> None:
-        self._walk, self._total, self._tokens = walk, 0.0, 0
+        self._walk, self._cosine, self._angle, self._tokens = walk, 0.0, 0.0, 0
 
     def watch(self, index: int, step: Callable[[], Tensor]) -> Tensor:
         """For `collect`."""
         before = F.normalize(self._walk.states.get((self._walk.name, index)).float(), dim=-1)
         hidden = step()
         cosine = (before * F.normalize(hidden.float(), dim=-1)).sum(-1).clamp(-1, 1)
-        self._total += float(cosine.arccos().sum()) / torch.pi
+        self._cosine += float(cosine.sum())
+        self._angle += float(cosine.arccos().sum()) / torch.pi
         self._tokens += cosine.numel()
         return hidden
 
     @property
-    def mean(self) -> float:
-        return self._total / max(self._tokens, 1)
+    def means(self) -> list[float]:
+        tokens = max(self._tokens, 1)
+        return [1 - self._cosine / tokens, self._angle / tokens]
 
 
 def collect(
@@ -125,7 +127,7 @@ def score_blocks(
     """
     rule = criteria.get(criterion)
     out = Scores({}, meta={"criterion": criterion, "options": {}, "fingerprint": source.fingerprint()}, anatomy=anatomy)
-    angles: list[float] = []
+    turns: list[list[float]] = []
     for i, path in enumerate(track(anatomy.blocks, "Scoring blocks")):
         with source.filled(source.names_in(path)):
             statistics = None
@@ -140,11 +142,11 @@ def score_blocks(
                     projected=rule.projected,
                     watch=turn.watch,
                 )
-                angles.append(turn.mean)
+                turns.append(turn.means)
             found = score_block(source, anatomy, path, statistics, criterion, seed=seed, curves=curves)
         out.values |= found.values
         out.curves |= found.curves
-    out.blocks = torch.tensor(angles)
+    out.blocks = torch.tensor(turns)
     return out
 
 
