@@ -85,6 +85,21 @@ def test_commands(desk, capfd, name, verbs):
     assert sc.parameters(sc.load("small/")) <= 0.75 * sc.parameters(sc.load("dense"))
 
 
+def test_the_page_about_language_models(language, text_file, tmp_path, monkeypatch, capfd):
+    (tmp_path / "llama").symlink_to(language)
+    (tmp_path / "corpus.txt").symlink_to(text_file)
+    monkeypatch.chdir(tmp_path)
+    few = ("--window", 16, "--limit", 8)
+    compress, evaluate = commands("docs/language.md")
+    assert run_command(*compress, *few, "--align", 1) == 0, capfd.readouterr()
+    assert run_command(*evaluate, *few) == 0, capfd.readouterr()
+    assert "perplexity per word" in capfd.readouterr().out
+    (block,) = blocks("docs/language.md", "python")
+    exec(block.replace('"affine")', '"affine", align=1, window=16, limit=8)'), {})
+    dense, cut = map(float, capfd.readouterr().out.split()[-2:])
+    assert 0 < dense < cut * 2
+
+
 def test_the_page_about_memory(language, text_file, tmp_path, monkeypatch, capfd):
     (tmp_path / "llama").symlink_to(language)
     (tmp_path / "corpus.txt").symlink_to(text_file)
