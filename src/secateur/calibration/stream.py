@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from secateur.nn.trees import tensors_in
 
+_CHUNK = 256  # tokens whose places are in float32 at once
+
 
 @dataclass
 class StreamSums:
@@ -85,10 +87,10 @@ class StreamWatch:
     def _add(self, places: list[Tensor]) -> None:
         if len(places) != len(self.blocks) + 1 or len({tuple(p.shape) for p in places}) > 1 or places[0].dim() < 3:
             return
-        unit = [F.normalize(p.float(), dim=-1).flatten(0, -2) for p in places]
-        for i, a_TD in enumerate(unit):
-            for j in range(i + 1, len(unit)):
-                cosine_T = (a_TD * unit[j]).sum(-1).clamp(-1, 1)
-                self.sums.cosine[i, j] += float(cosine_T.sum())
-                self.sums.angle[i, j] += float(cosine_T.arccos().sum()) / torch.pi
-        self.sums.count += len(unit[0])
+        tokens = [p.flatten(0, -2) for p in places]
+        for start in range(0, len(tokens[0]), _CHUNK):
+            unit_LTD = torch.stack([F.normalize(x[start : start + _CHUNK].float(), dim=-1) for x in tokens])
+            cosine_TLL = torch.einsum("ltd,mtd->tlm", unit_LTD, unit_LTD).clamp(-1, 1)
+            self.sums.cosine += cosine_TLL.sum(0).triu(1).cpu()
+            self.sums.angle += cosine_TLL.arccos().sum(0).triu(1).cpu() / torch.pi
+        self.sums.count += len(tokens[0])
