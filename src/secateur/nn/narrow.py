@@ -52,6 +52,8 @@ def narrow_(root: nn.Module, how: Narrowing) -> bool:
     cls, sizes = type(module), dict(how.projections)
     if hasattr(module, QK):
         return True
+    if not set(sizes.values()) <= {QK, VO}:
+        return False
     methods = rewritten_methods(cls, lambda function: _Splits(function, sizes))
     if not methods:
         return False
