@@ -1,5 +1,6 @@
 """The main job on a language model: calibrate on text, cut, refit, measure, save, load, generate."""
 
+import json
 import math
 
 import pytest
@@ -136,6 +137,18 @@ def test_gguf_needs_a_real_file(tmp_path):
     file.write_bytes(b"GGUF but not really")
     with pytest.raises(SourceError, match="could not be opened"):
         sc.load_model(file)
+
+
+def test_what_has_no_plain_weights_is_refused(language, tmp_path):
+    for file in language.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=r"is quantised \(gptq\).* give the floating-point checkpoint"):
+        sc.load_model(tmp_path)
+    with pytest.raises(SourceError, match="in pieces on several devices; leave tp_plan out"):
+        sc.load_model(language, tp_plan="auto")
 
 
 def test_saving_without_a_tokenizer_says_so(tmp_path):

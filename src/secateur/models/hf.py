@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -57,6 +57,7 @@ def load(name: str, *, pretrained: bool = True, weights: str | None = None, **kw
                 name, return_unused_kwargs=True, trust_remote_code=False, **kwargs
             )
             rest.pop("trust_remote_code", None)
+            check_whole(config, name, rest)
             model = _pretrained(config, name, rest) if pretrained else model_class(config)(config)
     except SourceError:
         raise
@@ -77,6 +78,7 @@ def open_skeleton(folder: str) -> nn.Module:
     try:
         with library_call(), quiet(transformers), torch.random.fork_rng(devices=[]):
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            check_whole(config, folder, {})
             with unset_weights():
                 model = model_class(config)(config)
     except SourceError:
@@ -84,6 +86,23 @@ def open_skeleton(folder: str) -> nn.Module:
     except Exception as e:
         raise SourceError(f"could not build the model of '{folder}' without its weights ({reason(e)})") from e
     return attach(empty_(model.eval()), source(model, folder))
+
+
+def check_whole(config: Any, name: str, options: Mapping[str, Any]) -> None:
+    """Refuse checkpoints and ways of loading whose weights are no plain matrices.
+
+    Raises:
+        SourceError: the checkpoint is quantised, or is to be spread over devices.
+    """
+    quantised = getattr(config, "quantization_config", None) or options.get("quantization_config")
+    if quantised:
+        data = quantised if isinstance(quantised, dict) else vars(quantised)
+        raise SourceError(
+            f"'{name}' is quantised ({data.get('quant_method', 'some method')}), and packed weights cannot be cut; "
+            "give the floating-point checkpoint, and quantise what was cut"
+        )
+    if spread := sorted({"tp_plan", "tp_size", "device_mesh"} & set(options)):
+        raise SourceError(f"'{name}' cannot be cut in pieces on several devices; leave {', '.join(spread)} out")
 
 
 def stored_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
