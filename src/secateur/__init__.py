@@ -41,6 +41,7 @@ _WHERE = {
     "fidelity": "evaluation",
     "knn": "evaluation",
     "perplexity": "evaluation",
+    "tasks": "evaluation",
     "latency": "measurement",
     "macs": "measurement",
     "parameters": "measurement",
@@ -82,7 +83,7 @@ if TYPE_CHECKING:
     from secateur.criteria import GroupView, Scores, criterion, score
     from secateur.data import Batches, batches
     from secateur.errors import SecateurError
-    from secateur.evaluation import fidelity, knn, perplexity
+    from secateur.evaluation import fidelity, knn, perplexity, tasks
     from secateur.measurement import latency, macs, parameters
     from secateur.models import source_of
     from secateur.plan import Budget, Plan

@@ -19,6 +19,7 @@ from secateur.cli.options import (
     Stride,
     Weights,
     Window,
+    listed,
     model_options,
     report_skipped,
 )
@@ -44,6 +45,13 @@ def evaluate(
             help="Folder with train/ and test/, each with one subfolder a class: kNN top-1.", rich_help_panel=IMAGES
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval, comma-separated, e.g. hellaswag,arc_easy.", rich_help_panel=IMAGES),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder with task files of your own.", rich_help_panel=IMAGES)
+    ] = None,
     k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 20,
     limit: Limit = 1000,
     batch_size: BatchSize = None,
@@ -65,16 +73,18 @@ def evaluate(
     secateur evaluate small/ \
         --against timm/vit_small_patch14_reg4_dinov2.lvd142m --images photos/
     secateur evaluate small/ --knn tiny-imagenet/
+    secateur evaluate small-lm/ --tasks hellaswag,arc_easy --limit 200
     secateur evaluate small-lm/ --text wikitext-test.txt --window 256 --limit 64
     """
     from secateur import batches, fidelity, load_model, perplexity, source_of
     from secateur import knn as knn_of
+    from secateur import tasks as run_tasks
     from secateur.cli.tables import fidelity_rows, show
     from secateur.errors import DataError
     from secateur.models import TextSpec
 
     options = model_options(weights, image_size, random_weights)
-    if images is None and (against is not None or knn is None):
+    if images is None and (against is not None or (knn is None and tasks is None)):
         raise DataError("give --images with --against to compare with the dense model, or --knn with labelled images")
     loaded = load_model(model, **(options if against is None else {}))
     spec = source_of(loaded).input
@@ -119,6 +129,13 @@ def evaluate(
             )
         rows.append((f"kNN top-1 (k={k})", f"{knn_of(loaded, train, test, k):.4f}"))
         skipped |= {**train.skipped, **test.skipped}
+    if tasks is not None:
+        results = run_tasks(
+            loaded, listed(tasks) or (), limit=limit, batch_size=batch_size or 4, folder=task_folder, seed=seed
+        )
+        rows += [
+            (f"{task} {metric}", f"{value:.4f}") for task, found in results.items() for metric, value in found.items()
+        ]
     report_skipped(skipped)
     show(title, ("", model), rows)
 
