@@ -155,13 +155,15 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64, help="of 256 tokens, for calibration and for evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=SECTIONS, action="append", help="these tables; the main one by default")
+    parser.add_argument("--page", action="store_true", help="only write the tables, from the rows that are finished")
     options = parser.parse_args()
     bench = Bench(options)
     for name in options.only or ["main"]:
-        for row in SECTIONS[name]:
+        rows = [r for r in SECTIONS[name] if not options.page or r.key() in bench.rows]
+        for row in rows:
             bench.measure(row)
         where = f"{SMOLLM2}; {options.windows} windows of 256 tokens, stride 256, seed {options.seed}."
-        write_section(PAGE, f"language-{name}", f"{bench.table(SECTIONS[name])}\n\n{setting()} {where}")
+        write_section(PAGE, f"language-{name}", f"{bench.table(rows)}\n\n{setting()} {where}")
 
 
 if __name__ == "__main__":
